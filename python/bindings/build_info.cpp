@@ -33,7 +33,7 @@ py::dict cuda_info() {
   py::dict info;
 #ifdef LINEARARD_WITH_CUDA
   info["toolkit"] = cuda::toolkit_version();
-  info["architectures"] = split(cuda::compiled_architectures(), ';');
+  info["architectures"] = split(cuda::compiled_architectures(), ',');
   py::list devices;
   for (const cuda::Device& device : cuda::query_devices()) {
     py::dict entry;

@@ -9,7 +9,7 @@ import torch
 
 
 def _release(version: str) -> str:
-    """"2.11.0+cu130" -> "2.11.0": the C++ interface depends on the release, not on the CUDA variant."""
+    """ "2.11.0+cu130" -> "2.11.0": the C++ interface depends on the release, not on the CUDA variant."""
     return version.split("+", 1)[0]
 
 

@@ -1,7 +1,7 @@
 #include <optional>
+#include <utility>
 
 #include <linearard/linearard.h>
-#include <pybind11/native_enum.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -15,22 +15,6 @@ namespace linearard::bindings {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-// Kernels run for seconds: other Python threads must be able to run meanwhile.
-using ReleaseGil = py::call_guard<py::gil_scoped_release>;
-
-void register_enums(py::module_& module) {
-  py::native_enum<Divergence>(module, "Divergence", "enum.Enum", "Divergence between a teacher row and a student row.")
-      .value("FORWARD_KL", Divergence::kForwardKL)
-      .value("REVERSE_KL", Divergence::kReverseKL)
-      .value("JSD", Divergence::kJSD)
-      .finalize();
-  py::native_enum<Reduction>(module, "Reduction", "enum.Enum", "What becomes of the values of the rows.")
-      .value("NONE", Reduction::kNone)
-      .value("SUM", Reduction::kSum)
-      .value("MEAN", Reduction::kMean)
-      .finalize();
-}
 
 RelationOptions relation_options(OptionalTensor key_padding_mask,
                                  OptionalTensor cu_seqlens,
@@ -51,7 +35,7 @@ RelationOptions relation_options(OptionalTensor key_padding_mask,
       .deterministic(deterministic);
 }
 
-void register_relation(py::module_& module) {
+void register_relation_kl(py::module_& module) {
   module.def(
       "relation_kl",
       [](const at::Tensor& student, const at::Tensor& teacher, OptionalTensor key_padding_mask,
@@ -70,7 +54,9 @@ void register_relation(py::module_& module) {
       "row_weight"_a = py::none(), "scale_student"_a = py::none(), "scale_teacher"_a = py::none(), "causal"_a = false,
       "divergence"_a = Divergence::kForwardKL, "beta"_a = 0.5, "reduction"_a = Reduction::kMean,
       "num_items"_a = py::none(), "deterministic"_a = py::none(), "lse_teacher"_a = py::none(), ReleaseGil());
+}
 
+void register_relation_kl_forward(py::module_& module) {
   module.def(
       "relation_kl_forward",
       [](const at::Tensor& student, const at::Tensor& teacher, OptionalTensor key_padding_mask,
@@ -86,13 +72,15 @@ void register_relation(py::module_& module) {
       "scale_student"_a = py::none(), "scale_teacher"_a = py::none(), "causal"_a = false,
       "divergence"_a = Divergence::kForwardKL, "beta"_a = 0.5, "deterministic"_a = py::none(),
       "lse_teacher"_a = py::none(), ReleaseGil());
+}
 
+void register_relation_kl_backward(py::module_& module) {
   module.def(
       "relation_kl_backward",
-      [](const at::Tensor& grad_kl, const at::Tensor& student, const at::Tensor& teacher,
-         const at::Tensor& lse_student, const at::Tensor& lse_teacher, OptionalTensor key_padding_mask,
-         OptionalTensor cu_seqlens, std::optional<double> scale_student, std::optional<double> scale_teacher,
-         bool causal, Divergence divergence, double beta, std::optional<bool> deterministic) {
+      [](const at::Tensor& grad_kl, const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& lse_student,
+         const at::Tensor& lse_teacher, OptionalTensor key_padding_mask, OptionalTensor cu_seqlens,
+         std::optional<double> scale_student, std::optional<double> scale_teacher, bool causal, Divergence divergence,
+         double beta, std::optional<bool> deterministic) {
         return relation_kl_backward(grad_kl, student, teacher, lse_student, lse_teacher,
                                     relation_options(std::move(key_padding_mask), std::move(cu_seqlens), scale_student,
                                                      scale_teacher, causal, divergence, beta, deterministic));
@@ -101,7 +89,9 @@ void register_relation(py::module_& module) {
       "key_padding_mask"_a = py::none(), "cu_seqlens"_a = py::none(), "scale_student"_a = py::none(),
       "scale_teacher"_a = py::none(), "causal"_a = false, "divergence"_a = Divergence::kForwardKL, "beta"_a = 0.5,
       "deterministic"_a = py::none(), ReleaseGil());
+}
 
+void register_relation_lse(py::module_& module) {
   module.def(
       "relation_lse",
       [](const at::Tensor& x, OptionalTensor key_padding_mask, OptionalTensor cu_seqlens, std::optional<double> scale,
@@ -117,52 +107,6 @@ void register_relation(py::module_& module) {
       "causal"_a = false, "deterministic"_a = py::none(), ReleaseGil());
 }
 
-AttentionOptions attention_options(OptionalTensor query_padding_mask,
-                                   OptionalTensor key_padding_mask,
-                                   OptionalTensor cu_seqlens,
-                                   OptionalTensor cu_seqlens_key,
-                                   std::optional<double> scale_student,
-                                   std::optional<double> scale_teacher,
-                                   bool causal,
-                                   Divergence divergence,
-                                   double beta,
-                                   std::optional<bool> deterministic) {
-  return AttentionOptions{}
-      .query_padding_mask(std::move(query_padding_mask))
-      .key_padding_mask(std::move(key_padding_mask))
-      .cu_seqlens(std::move(cu_seqlens))
-      .cu_seqlens_key(std::move(cu_seqlens_key))
-      .scale_student(scale_student)
-      .scale_teacher(scale_teacher)
-      .causal(causal)
-      .divergence(divergence)
-      .beta(beta)
-      .deterministic(deterministic);
-}
-
-void register_attention(py::module_& module) {
-  module.def(
-      "attention_kl",
-      [](const at::Tensor& query_student, const at::Tensor& key_student, const at::Tensor& query_teacher,
-         const at::Tensor& key_teacher, OptionalTensor query_padding_mask, OptionalTensor key_padding_mask,
-         OptionalTensor cu_seqlens, OptionalTensor cu_seqlens_key, OptionalTensor row_weight,
-         std::optional<double> scale_student, std::optional<double> scale_teacher, bool causal, Divergence divergence,
-         double beta, Reduction reduction, OptionalTensor num_items, std::optional<bool> deterministic) {
-        return attention_kl(query_student, key_student, query_teacher, key_teacher,
-                            attention_options(std::move(query_padding_mask), std::move(key_padding_mask),
-                                              std::move(cu_seqlens), std::move(cu_seqlens_key), scale_student,
-                                              scale_teacher, causal, divergence, beta, deterministic)
-                                .row_weight(std::move(row_weight))
-                                .reduction(reduction)
-                                .num_items(std::move(num_items)));
-      },
-      "query_student"_a, "key_student"_a, "query_teacher"_a, "key_teacher"_a, py::kw_only(),
-      "query_padding_mask"_a = py::none(), "key_padding_mask"_a = py::none(), "cu_seqlens"_a = py::none(),
-      "cu_seqlens_key"_a = py::none(), "row_weight"_a = py::none(), "scale_student"_a = py::none(),
-      "scale_teacher"_a = py::none(), "causal"_a = true, "divergence"_a = Divergence::kForwardKL, "beta"_a = 0.5,
-      "reduction"_a = Reduction::kMean, "num_items"_a = py::none(), "deterministic"_a = py::none(), ReleaseGil());
-}
-
 py::dict plan(const at::Tensor& student,
               const at::Tensor& teacher,
               OptionalTensor key_padding_mask,
@@ -173,17 +117,16 @@ py::dict plan(const at::Tensor& student,
               Divergence divergence,
               double beta,
               std::optional<bool> deterministic) {
-  const ExecutionPlan plan = plan_relation_kl(
-      student, teacher,
-      relation_options(std::move(key_padding_mask), std::move(cu_seqlens), scale_student, scale_teacher, causal,
-                       divergence, beta, deterministic));
+  const ExecutionPlan plan =
+      plan_relation_kl(student, teacher,
+                       relation_options(std::move(key_padding_mask), std::move(cu_seqlens), scale_student,
+                                        scale_teacher, causal, divergence, beta, deterministic));
   return py::dict("backend"_a = plan.backend, "instruction_set"_a = plan.instruction_set,
                   "traversal"_a = plan.traversal, "compute_dtype"_a = plan.compute_dtype,
                   "tile_rows"_a = plan.tile_rows, "tile_columns"_a = plan.tile_columns,
                   "tile_count"_a = plan.tile_count, "threads"_a = plan.threads,
                   "workspace_bytes_forward"_a = plan.workspace_bytes_forward,
-                  "workspace_bytes_backward"_a = plan.workspace_bytes_backward,
-                  "deterministic"_a = plan.deterministic);
+                  "workspace_bytes_backward"_a = plan.workspace_bytes_backward, "deterministic"_a = plan.deterministic);
 }
 
 void register_plan(py::module_& module) {
@@ -196,10 +139,11 @@ void register_plan(py::module_& module) {
 
 }  // namespace
 
-void register_operators(py::module_& module) {
-  register_enums(module);
-  register_relation(module);
-  register_attention(module);
+void register_relation(py::module_& module) {
+  register_relation_kl(module);
+  register_relation_kl_forward(module);
+  register_relation_kl_backward(module);
+  register_relation_lse(module);
   register_plan(module);
 }
 

