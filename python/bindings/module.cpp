@@ -1,4 +1,5 @@
 #include <linearard/options.h>
+#include <linearard/version.h>
 #include <pybind11/native_enum.h>
 #include <pybind11/pybind11.h>
 
@@ -27,6 +28,7 @@ void register_enums(py::module_& module) {
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "C++ interface of linearard; importing it registers the operators torch.ops.linearard.*";
+  module.attr("__version__") = LINEARARD_VERSION;
   // The enums come first: the functions have members of them as defaults.
   linearard::bindings::register_enums(module);
   linearard::bindings::register_relation(module);

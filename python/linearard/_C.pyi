@@ -5,6 +5,8 @@ from typing import TypedDict
 
 from torch import Tensor
 
+__version__: str
+
 class Divergence(Enum):
     FORWARD_KL = 0
     REVERSE_KL = 1

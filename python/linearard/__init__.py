@@ -4,14 +4,9 @@ Importing this package registers the operators `torch.ops.linearard.*`. It impor
 training method lives in submodules.
 """
 
-from __future__ import annotations
-
-from linearard._library import load as _load
-
-_C = _load()
-
-from linearard._build_config import VERSION as __version__  # noqa: E402
-from linearard.ops import (  # noqa: E402
+from linearard import _library
+from linearard._library import cmake_prefix_path
+from linearard.ops import (
     attention_kl,
     attention_kl_backward,
     attention_kl_forward,
@@ -20,3 +15,17 @@ from linearard.ops import (  # noqa: E402
     relation_kl_forward,
     relation_lse,
 )
+
+__version__: str = _library.load().__version__
+
+__all__ = [
+    "__version__",
+    "attention_kl",
+    "attention_kl_backward",
+    "attention_kl_forward",
+    "cmake_prefix_path",
+    "relation_kl",
+    "relation_kl_backward",
+    "relation_kl_forward",
+    "relation_lse",
+]

@@ -5,8 +5,8 @@ Each is the operator of the same name in `torch.ops.linearard`, so everything th
 
 Common to all: tensors are [B, H, N, D] (batch, heads, tokens, head dimension) as in `scaled_dot_product_attention`, of
 dtype float32, float64, bfloat16 or float16, 1 <= D <= 512, with any strides whose last dimension is contiguous. All
-tensors of a call are on one device. Divergences are in nats. Invalid arguments raise RuntimeError with a text that names
-the operator, the argument, what was expected and what came.
+tensors of a call are on one device. Divergences are in nats. Invalid arguments raise RuntimeError with a text that
+names the operator, the argument, what was expected and what came.
 """
 
 from __future__ import annotations
