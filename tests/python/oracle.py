@@ -26,7 +26,7 @@ class Rows(NamedTuple):
 def divergence_rows(
     student_logits: Tensor, teacher_logits: Tensor, visible: Tensor, divergence: str = "forward_kl", beta: float = 0.5
 ) -> Rows:
-    """Divergence of every row of two [B, H, Nq, Nk] logit tensors over the keys that are visible (bool, broadcastable)."""
+    """Divergence of the rows of two [B, H, Nq, Nk] logit tensors over the visible keys (bool, broadcastable)."""
     visible = visible.expand_as(student_logits)
     sees_a_key = visible.any(-1)
     # A row without keys would make log_softmax NaN: let it see everything and drop its result.

@@ -1,0 +1,56 @@
+#include <linearard/plan.h>
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <gtest/gtest.h>
+
+namespace linearard {
+namespace {
+
+/// One token, expanded: a plan depends on shapes only, so no memory is needed for 32,768 tokens.
+at::Tensor vectors(int64_t tokens, at::ScalarType dtype = at::kFloat) {
+  return at::zeros({1, 1, 1, 64}, dtype).expand({1, 9, tokens, 64});
+}
+
+TEST(Plan, SaysHowACallIsExecuted) {
+  const ExecutionPlan plan = plan_relation_kl(vectors(2048), vectors(2048));
+  EXPECT_EQ(plan.backend, "cpu");
+  EXPECT_EQ(plan.compute_dtype, "float32");
+  EXPECT_TRUE(plan.traversal == "triangular" || plan.traversal == "dense") << plan.traversal;
+  EXPECT_GT(plan.tile_rows, 0);
+  EXPECT_GT(plan.tile_columns, 0);
+  EXPECT_GE(plan.threads, 1);
+  EXPECT_LE(plan.threads, at::get_num_threads());
+}
+
+TEST(Plan, Float64InputsComputeInFloat64) {
+  EXPECT_EQ(plan_relation_kl(vectors(8, at::kDouble), vectors(8)).compute_dtype, "float64");
+  EXPECT_EQ(plan_relation_kl(vectors(8), vectors(8, at::kDouble)).compute_dtype, "float64");
+  EXPECT_EQ(plan_relation_kl(vectors(8, at::kBFloat16), vectors(8, at::kHalf)).compute_dtype, "float32");
+}
+
+TEST(Plan, MemoryIsLinearInTheNumberOfTokens) {
+  for (int64_t tokens = 512; tokens <= 16384; tokens *= 2) {
+    const ExecutionPlan once = plan_relation_kl(vectors(tokens), vectors(tokens));
+    const ExecutionPlan twice = plan_relation_kl(vectors(2 * tokens), vectors(2 * tokens));
+    EXPECT_LE(twice.workspace_bytes_forward, 2 * once.workspace_bytes_forward);
+    EXPECT_LE(twice.workspace_bytes_backward, 2 * once.workspace_bytes_backward);
+  }
+}
+
+TEST(Plan, WorkIsQuadraticInTheNumberOfTokens) {
+  const auto tiles = [](int64_t tokens) { return plan_relation_kl(vectors(tokens), vectors(tokens)).tile_count; };
+  EXPECT_NEAR(static_cast<double>(tiles(32768)) / static_cast<double>(tiles(16384)), 4.0, 0.1);
+}
+
+TEST(Plan, DeterministicIsHonoured) {
+  EXPECT_TRUE(plan_relation_kl(vectors(512), vectors(512), RelationOptions{}.deterministic(true)).deterministic);
+}
+
+TEST(Plan, ChecksItsArguments) {
+  EXPECT_THROW(plan_relation_kl(vectors(8), vectors(9)), c10::Error);
+  EXPECT_THROW(plan_relation_kl(vectors(8), at::zeros({8, 64})), c10::Error);
+}
+
+}  // namespace
+}  // namespace linearard
