@@ -1,0 +1,240 @@
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "checks.h"
+#include "operators.h"
+
+// Autograd, once for Python, C++ trainers and torch.compile.
+
+namespace linearard {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+at::Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : at::Tensor(); }
+OptionalTensor or_nothing(const Variable& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+
+/// Double backward would need another kernel; asking for it is an error rather than a silent zero. The node passes on
+/// the gradients that a backward kernel has computed out of its differentiable arguments `from` and `student`.
+class OnceDifferentiable : public Function<OnceDifferentiable> {
+ public:
+  static variable_list forward(AutogradContext* context,
+                               const std::string& name,
+                               const variable_list& gradients,
+                               const Variable& /*from*/,
+                               const Variable& /*student*/) {
+    context->saved_data["name"] = name;
+    return gradients;
+  }
+  static variable_list backward(AutogradContext* context, const variable_list& /*gradients*/) {
+    TORCH_CHECK(false, context->saved_data["name"].toStringRef(),
+                ": differentiable once only, got a request for the gradient of its gradient (create_graph=True and a "
+                "second backward)");
+  }
+};
+
+class RelationKL : public Function<RelationKL> {
+ public:
+  static variable_list forward(AutogradContext* context,
+                               const Variable& student,
+                               const Variable& teacher,
+                               const RelationOptions& options) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [kl, lse_student, lse_teacher] = call_relation_kl_forward(student, teacher, options);
+    context->save_for_backward({student, teacher, lse_student, lse_teacher, or_undefined(options.key_padding_mask()),
+                                or_undefined(options.cu_seqlens())});
+    context->saved_data["scale_student"] = options.scale_student();
+    context->saved_data["scale_teacher"] = options.scale_teacher();
+    context->saved_data["causal"] = options.causal();
+    context->saved_data["divergence"] = static_cast<int64_t>(options.divergence());
+    context->saved_data["beta"] = options.beta();
+    context->saved_data["deterministic"] = options.deterministic();
+    context->mark_non_differentiable({lse_student, lse_teacher});
+    return {kl, lse_student, lse_teacher};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const variable_list saved = context->get_saved_variables();
+    auto& data = context->saved_data;
+    const auto options = RelationOptions{}
+                             .key_padding_mask(or_nothing(saved[4]))
+                             .cu_seqlens(or_nothing(saved[5]))
+                             .scale_student(data["scale_student"].to<std::optional<double>>())
+                             .scale_teacher(data["scale_teacher"].to<std::optional<double>>())
+                             .causal(data["causal"].toBool())
+                             .divergence(static_cast<Divergence>(data["divergence"].toInt()))
+                             .beta(data["beta"].toDouble())
+                             .deterministic(data["deterministic"].to<std::optional<bool>>());
+    return {call_relation_kl_backward(gradients[0], saved[0], saved[1], saved[2], saved[3], options), Variable(),
+            Variable()};
+  }
+};
+
+class AttentionKL : public Function<AttentionKL> {
+ public:
+  static variable_list forward(AutogradContext* context,
+                               const Variable& query_student,
+                               const Variable& key_student,
+                               const Variable& query_teacher,
+                               const Variable& key_teacher,
+                               const AttentionOptions& options) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [kl, lse_student, lse_teacher] =
+        call_attention_kl_forward(query_student, key_student, query_teacher, key_teacher, options);
+    context->save_for_backward({query_student, key_student, query_teacher, key_teacher, lse_student, lse_teacher,
+                                or_undefined(options.query_padding_mask()), or_undefined(options.key_padding_mask()),
+                                or_undefined(options.cu_seqlens()), or_undefined(options.cu_seqlens_key())});
+    context->saved_data["scale_student"] = options.scale_student();
+    context->saved_data["scale_teacher"] = options.scale_teacher();
+    context->saved_data["causal"] = options.causal();
+    context->saved_data["divergence"] = static_cast<int64_t>(options.divergence());
+    context->saved_data["beta"] = options.beta();
+    context->saved_data["deterministic"] = options.deterministic();
+    context->mark_non_differentiable({lse_student, lse_teacher});
+    return {kl, lse_student, lse_teacher};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const variable_list saved = context->get_saved_variables();
+    auto& data = context->saved_data;
+    const auto options = AttentionOptions{}
+                             .query_padding_mask(or_nothing(saved[6]))
+                             .key_padding_mask(or_nothing(saved[7]))
+                             .cu_seqlens(or_nothing(saved[8]))
+                             .cu_seqlens_key(or_nothing(saved[9]))
+                             .scale_student(data["scale_student"].to<std::optional<double>>())
+                             .scale_teacher(data["scale_teacher"].to<std::optional<double>>())
+                             .causal(data["causal"].toBool())
+                             .divergence(static_cast<Divergence>(data["divergence"].toInt()))
+                             .beta(data["beta"].toDouble())
+                             .deterministic(data["deterministic"].to<std::optional<bool>>());
+    auto [grad_query, grad_key] = call_attention_kl_backward(gradients[0], saved[0], saved[1], saved[2], saved[3],
+                                                             saved[4], saved[5], options);
+    return {grad_query, grad_key, Variable(), Variable(), Variable()};
+  }
+};
+
+ThreeTensors relation_kl_forward_autograd(const at::Tensor& student,
+                                          const at::Tensor& teacher,
+                                          const OptionalTensor& key_padding_mask,
+                                          const OptionalTensor& cu_seqlens,
+                                          std::optional<double> scale_student,
+                                          std::optional<double> scale_teacher,
+                                          bool causal,
+                                          std::string_view divergence,
+                                          double beta,
+                                          std::optional<bool> deterministic,
+                                          const OptionalTensor& lse_teacher) {
+  constexpr const char* kName = "relation_kl_forward";
+  check_frozen(kName, "teacher", teacher);
+  RelationOptions options = relation_options(kName, key_padding_mask, cu_seqlens, scale_student, scale_teacher, causal,
+                                             divergence, beta, deterministic);
+  const variable_list results = RelationKL::apply(student, teacher, options.lse_teacher(lse_teacher));
+  return {results[0], results[1], results[2]};
+}
+
+at::Tensor relation_kl_backward_autograd(const at::Tensor& grad_kl,
+                                         const at::Tensor& student,
+                                         const at::Tensor& teacher,
+                                         const at::Tensor& lse_student,
+                                         const at::Tensor& lse_teacher,
+                                         const OptionalTensor& key_padding_mask,
+                                         const OptionalTensor& cu_seqlens,
+                                         std::optional<double> scale_student,
+                                         std::optional<double> scale_teacher,
+                                         bool causal,
+                                         std::string_view divergence,
+                                         double beta,
+                                         std::optional<bool> deterministic) {
+  constexpr const char* kName = "relation_kl_backward";
+  at::Tensor gradient;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    gradient = call_relation_kl_backward(grad_kl, student, teacher, lse_student, lse_teacher,
+                                         relation_options(kName, key_padding_mask, cu_seqlens, scale_student,
+                                                          scale_teacher, causal, divergence, beta, deterministic));
+  }
+  return OnceDifferentiable::apply(std::string(kName), variable_list{gradient}, grad_kl, student)[0];
+}
+
+at::Tensor relation_lse_autograd(const at::Tensor& x,
+                                 const OptionalTensor& key_padding_mask,
+                                 const OptionalTensor& cu_seqlens,
+                                 std::optional<double> scale,
+                                 bool causal,
+                                 std::optional<bool> deterministic) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return call_relation_lse(x, relation_options("relation_lse", key_padding_mask, cu_seqlens, scale, scale, causal,
+                                               to_string(Divergence::kForwardKL), 0.5, deterministic));
+}
+
+ThreeTensors attention_kl_forward_autograd(const at::Tensor& query_student,
+                                           const at::Tensor& key_student,
+                                           const at::Tensor& query_teacher,
+                                           const at::Tensor& key_teacher,
+                                           const OptionalTensor& query_padding_mask,
+                                           const OptionalTensor& key_padding_mask,
+                                           const OptionalTensor& cu_seqlens,
+                                           const OptionalTensor& cu_seqlens_key,
+                                           std::optional<double> scale_student,
+                                           std::optional<double> scale_teacher,
+                                           bool causal,
+                                           std::string_view divergence,
+                                           double beta,
+                                           std::optional<bool> deterministic) {
+  constexpr const char* kName = "attention_kl_forward";
+  check_frozen(kName, "query_teacher", query_teacher);
+  check_frozen(kName, "key_teacher", key_teacher);
+  const variable_list results =
+      AttentionKL::apply(query_student, key_student, query_teacher, key_teacher,
+                         attention_options(kName, query_padding_mask, key_padding_mask, cu_seqlens, cu_seqlens_key,
+                                           scale_student, scale_teacher, causal, divergence, beta, deterministic));
+  return {results[0], results[1], results[2]};
+}
+
+TwoTensors attention_kl_backward_autograd(const at::Tensor& grad_kl,
+                                          const at::Tensor& query_student,
+                                          const at::Tensor& key_student,
+                                          const at::Tensor& query_teacher,
+                                          const at::Tensor& key_teacher,
+                                          const at::Tensor& lse_student,
+                                          const at::Tensor& lse_teacher,
+                                          const OptionalTensor& query_padding_mask,
+                                          const OptionalTensor& key_padding_mask,
+                                          const OptionalTensor& cu_seqlens,
+                                          const OptionalTensor& cu_seqlens_key,
+                                          std::optional<double> scale_student,
+                                          std::optional<double> scale_teacher,
+                                          bool causal,
+                                          std::string_view divergence,
+                                          double beta,
+                                          std::optional<bool> deterministic) {
+  constexpr const char* kName = "attention_kl_backward";
+  variable_list gradients;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [grad_query, grad_key] = call_attention_kl_backward(
+        grad_kl, query_student, key_student, query_teacher, key_teacher, lse_student, lse_teacher,
+        attention_options(kName, query_padding_mask, key_padding_mask, cu_seqlens, cu_seqlens_key, scale_student,
+                          scale_teacher, causal, divergence, beta, deterministic));
+    gradients = {grad_query, grad_key};
+  }
+  // One of the two student tensors that requires grad suffices to attach the node.
+  const at::Tensor& student = query_student.requires_grad() ? query_student : key_student;
+  const variable_list results = OnceDifferentiable::apply(std::string(kName), gradients, grad_kl, student);
+  return {results[0], results[1]};
+}
+
+}  // namespace
+}  // namespace linearard
+
+TORCH_LIBRARY_IMPL(linearard, Autograd, m) {
+  m.impl("relation_kl_forward", &linearard::relation_kl_forward_autograd);
+  m.impl("relation_kl_backward", &linearard::relation_kl_backward_autograd);
+  m.impl("relation_lse", &linearard::relation_lse_autograd);
+  m.impl("attention_kl_forward", &linearard::attention_kl_forward_autograd);
+  m.impl("attention_kl_backward", &linearard::attention_kl_backward_autograd);
+}

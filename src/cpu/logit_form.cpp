@@ -1,0 +1,87 @@
+#include "cpu/logit_form.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/nan_to_num.h>
+
+namespace linearard::cpu {
+namespace {
+
+// Products, logits and sums of float tiles stay below 1e30, so that phi, delta times a probability and the row sums
+// (at most 2^31 terms) stay finite as well.
+constexpr double kFloatLimit = 1e30;
+// Products of double tiles stay below 1e280; the logits are cut at 1e300 by the kernels.
+constexpr double kDoubleLimit = 1e280;
+constexpr double kLogitLimit = 1e300;
+
+bool fits_float(double magnitude, int64_t dimension, double scale) {
+  const double product = magnitude * magnitude * static_cast<double>(dimension);
+  const double size = std::abs(scale);
+  return product < kFloatLimit && product * size < kFloatLimit && size < kFloatLimit &&
+         (size == 0 || size > 1 / kFloatLimit);
+}
+
+/// A power of two that brings `magnitude` near 1, or 1 where products cannot overflow.
+double overflow_multiplier(double magnitude, int64_t dimension) {
+  if (magnitude * magnitude * static_cast<double>(dimension) < kDoubleLimit) return 1;
+  return std::exp2(-std::ceil(std::log2(magnitude)));
+}
+
+double scale_of_products(double scale, double multiplier) {
+  return std::clamp(scale / multiplier / multiplier, -kLogitLimit, kLogitLimit);
+}
+
+/// Largest finite absolute value of a tensor (0 if there is none), and whether there are no others.
+std::pair<double, bool> largest_magnitude(const at::Tensor& tensor) {
+  if (tensor.numel() == 0) return {0, true};
+  const double largest = at::linalg_vector_norm(tensor, INFINITY).item<double>();
+  if (std::isfinite(largest)) return {largest, true};
+  return {at::linalg_vector_norm(at::nan_to_num(tensor, 0, 0, 0), INFINITY).item<double>(), false};
+}
+
+void add(const at::Tensor& tensor, InputSizes& sizes, double& magnitude, int64_t& dimension) {
+  const auto [largest, finite] = largest_magnitude(tensor);
+  magnitude = std::max(magnitude, largest);
+  dimension = tensor.size(-1);
+  sizes.finite = sizes.finite && finite;
+  sizes.float64 = sizes.float64 || tensor.scalar_type() == at::kDouble;
+}
+
+}  // namespace
+
+void InputSizes::add_student(const at::Tensor& x) { add(x, *this, student, student_dimension); }
+
+void InputSizes::add_teacher(const at::Tensor& y) { add(y, *this, teacher, teacher_dimension); }
+
+void InputSizes::add_gradient(const at::Tensor& grad_kl, int64_t rows) {
+  gradient = largest_magnitude(grad_kl).first * static_cast<double>(rows);
+}
+
+LogitForm choose_logit_form(const InputSizes& sizes, double scale_student, double scale_teacher) {
+  LogitForm form;
+  form.scale_student = scale_student;
+  form.scale_teacher = scale_teacher;
+  form.finite = sizes.finite;
+  if (!sizes.float64) {
+    const double gradient = sizes.gradient * std::max(1.0, sizes.student) * std::max(1.0, std::abs(scale_student));
+    form.wide = !fits_float(sizes.student, sizes.student_dimension, scale_student) ||
+                !fits_float(sizes.teacher, sizes.teacher_dimension, scale_teacher) || gradient > kFloatLimit;
+    if (!form.wide) {
+      const double ratio = scale_student / scale_teacher;  // NaN or infinite for a zero scale: no difference form
+      form.difference = sizes.student_dimension == sizes.teacher_dimension && ratio > 1e-6 && ratio < 1e6;
+      if (form.difference) form.student_ratio = std::sqrt(ratio);
+      return form;
+    }
+  }
+  form.compute = at::kDouble;
+  form.student_multiplier = overflow_multiplier(sizes.student, sizes.student_dimension);
+  form.teacher_multiplier = overflow_multiplier(sizes.teacher, sizes.teacher_dimension);
+  form.scale_student = scale_of_products(scale_student, form.student_multiplier);
+  form.scale_teacher = scale_of_products(scale_teacher, form.teacher_multiplier);
+  return form;
+}
+
+}  // namespace linearard::cpu

@@ -1,0 +1,133 @@
+#include "cpu/statistics.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+
+namespace linearard::cpu {
+
+std::vector<RowStatistics> empty_statistics(int64_t rows) {
+  constexpr double kLowest = -std::numeric_limits<double>::infinity();
+  return std::vector<RowStatistics>(static_cast<size_t>(rows), RowStatistics{kLowest, kLowest, 0, 0, 0, 0, 0, false});
+}
+
+RowResult finish_row(const RowStatistics& row) {
+  if (!row.started) return {0, 0, 0, 0};
+  const double lse_teacher = row.max_teacher + std::log(row.sum_teacher);
+  const double lse_student = row.max_student + std::log(row.sum_student);
+  const double direct_difference = lse_student - lse_teacher;
+  const double mean_delta = row.sum_delta / row.sum_teacher;
+  const double mean_phi = row.sum_phi / row.sum_teacher;
+  const double a = mean_phi + mean_delta;  // E_T[expm1(delta - shift)]
+  const double difference = row.shift + std::log1p(a);
+  // The two disagree where the student has mass that the teacher's weights cannot represent, or phi was clamped.
+  const double tolerance = 1e-3 + 1e-6 * (std::abs(lse_student) + std::abs(lse_teacher));
+  if (!(a > -1) || !(std::abs(difference - direct_difference) <= tolerance)) {
+    // A divergence is not negative; here the rounding of large logits can say otherwise. NaN stays.
+    const double kl = direct_difference - row.shift - mean_delta;
+    return {kl < 0 ? 0 : kl, lse_teacher, lse_student, direct_difference};
+  }
+  const double kl = std::abs(a) < 0.5 ? mean_phi - (a - std::log1p(a)) : std::log1p(a) - mean_delta;
+  return {kl, lse_teacher, lse_teacher + difference, difference};
+}
+
+namespace {
+
+constexpr size_t padded(int64_t rows) { return static_cast<size_t>(rows + kVectorPadding); }
+
+}  // namespace
+
+template <typename Real>
+RowVectors<Real>::RowVectors(int64_t rows)
+    : lse_teacher(padded(rows)),
+      lse_difference(padded(rows)),
+      weight(padded(rows)),
+      mean(padded(rows)),
+      sum(padded(rows)) {}
+
+template <typename Real>
+RowReference<Real> RowVectors<Real>::reference(int64_t row, bool with_gradient) {
+  return {lse_teacher.data() + row, lse_difference.data() + row, with_gradient ? weight.data() + row : nullptr,
+          with_gradient ? mean.data() + row : nullptr, sum.data() + row};
+}
+
+template <typename Real>
+void RowVectors<Real>::sums_become_means(Divergence divergence, double beta) {
+  mean.swap(sum);
+  std::fill(sum.begin(), sum.end(), Real(0));
+  if (divergence != Divergence::kJSD) return;
+  for (Real& value : weight) value *= static_cast<Real>(1 - beta);
+}
+
+void write_rows(const at::Tensor& head,
+                const RowSet& rows,
+                const std::vector<RowResult>& results,
+                double RowResult::*field) {
+  const double limit = largest_finite(head.scalar_type());
+  at::Tensor values = at::empty({static_cast<int64_t>(results.size())}, at::kDouble);
+  double* data = values.mutable_data_ptr<double>();
+  for (size_t i = 0; i < results.size(); ++i) {
+    const double value = results[i].*field;
+    data[i] = value > limit ? limit : value < -limit ? -limit : value;  // NaN stays
+  }
+  put_rows(head, rows, values);
+}
+
+template <typename Real>
+void load_rows(const at::Tensor& head, const RowSet& rows, std::vector<Real>& into) {
+  const at::Tensor values = take_rows(head, rows).to(c10::CppTypeToScalarType<Real>::value).contiguous();
+  std::copy_n(values.template const_data_ptr<Real>(), values.numel(), into.begin());
+}
+
+template <typename Real>
+std::vector<RowVectors<Real>> vectors_of(const std::vector<std::vector<RowResult>>& results) {
+  std::vector<RowVectors<Real>> vectors;
+  for (const std::vector<RowResult>& rows : results) {
+    RowVectors<Real>& vector = vectors.emplace_back(static_cast<int64_t>(rows.size()));
+    for (size_t i = 0; i < rows.size(); ++i) {
+      vector.lse_teacher[i] = static_cast<Real>(rows[i].lse_teacher);
+      vector.lse_difference[i] = static_cast<Real>(rows[i].lse_difference);
+    }
+  }
+  return vectors;
+}
+
+template struct RowVectors<float>;
+template struct RowVectors<double>;
+template void load_rows<float>(const at::Tensor&, const RowSet&, std::vector<float>&);
+template void load_rows<double>(const at::Tensor&, const RowSet&, std::vector<double>&);
+template std::vector<RowVectors<float>> vectors_of<float>(const std::vector<std::vector<RowResult>>&);
+template std::vector<RowVectors<double>> vectors_of<double>(const std::vector<std::vector<RowResult>>&);
+
+Gradient gradient_kind(Divergence divergence) {
+  switch (divergence) {
+    case Divergence::kReverseKL:
+      return Gradient::kReverseKL;
+    case Divergence::kJSD:
+      return Gradient::kJSD;
+    case Divergence::kForwardKL:
+      break;
+  }
+  return Gradient::kForwardKL;
+}
+
+Expectation mean_kind(Divergence divergence) {
+  return divergence == Divergence::kJSD ? Expectation::kJsdMean : Expectation::kReverseMean;
+}
+
+double largest_finite(at::ScalarType dtype) {
+  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "largest_finite", [] {
+    return static_cast<double>(std::numeric_limits<scalar_t>::max());
+  });
+}
+
+at::Tensor saturating_cast(const at::Tensor& values, at::ScalarType dtype) {
+  if (values.scalar_type() == dtype && dtype != at::kDouble) return values;
+  const double limit = largest_finite(dtype);
+  return values.clamp(-limit, limit).to(dtype);
+}
+
+}  // namespace linearard::cpu

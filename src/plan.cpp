@@ -1,0 +1,17 @@
+#include <linearard/plan.h>
+
+#include "checks.h"
+#include "cpu/relation.h"
+
+namespace linearard {
+
+ExecutionPlan plan_relation_kl(const at::Tensor& student, const at::Tensor& teacher, const RelationOptions& options) {
+  const RelationArguments arguments = check_relation("plan_relation_kl", student, teacher, options);
+  if (arguments.cu_seqlens) {
+    check_sequence_boundaries("plan_relation_kl", "cu_seqlens", *arguments.cu_seqlens, student.size(2));
+  }
+  TORCH_CHECK(student.device().is_cpu(), "plan_relation_kl: student must be on the CPU, got ", student.device());
+  return cpu::relation_plan(arguments);
+}
+
+}  // namespace linearard
