@@ -1,0 +1,158 @@
+"""Capture of post-RoPE queries, keys and values of any transformers model, without touching its code.
+
+transformers lets every model that uses its attention interface run a registered attention function. The one registered
+here hands its inputs to the active `Capture` and then runs the stock scaled-dot-product attention.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from linearard.errors import UserError
+
+ATTENTION_NAME = "linearard_capture"
+
+
+@dataclass(frozen=True)
+class LayerStates:
+    """What one attention layer multiplied: queries and keys after RoPE, values.
+
+    query [B, Hq, N, D]; key and value [B, Hk, N, D] and [B, Hk, N, Dv], heads not repeated, in the model's dtype;
+    scale is the factor on query-key products.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+
+    def detach(self) -> "LayerStates":
+        """The same values without their autograd history."""
+        return LayerStates(self.query.detach(), self.key.detach(), self.value.detach(), self.scale)
+
+
+class Capture:
+    """The states of one forward pass by layer index.
+
+    The first pass through a layer counts: a recomputation of the layer by gradient checkpointing changes nothing.
+    """
+
+    def __init__(self, layers: frozenset[int] | None = None) -> None:
+        self.states: dict[int, LayerStates] = {}
+        self._layers = layers
+        self._owners: dict[int, nn.Module] = {}
+
+    def store(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> None:
+        """Keep the states of `module`, unless its layer is not wanted or was stored before."""
+        index = getattr(module, "layer_idx", None)
+        if not isinstance(index, int) or (self._layers is not None and index not in self._layers):
+            return
+        owner = self._owners.setdefault(index, module)
+        if owner is not module:
+            raise UserError(
+                f"two attention modules of this model call themselves layer {index}; pass its text decoder alone"
+            )
+        if index not in self.states:
+            self.states[index] = LayerStates(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+
+
+_active: ContextVar[Capture | None] = ContextVar("linearard_capture", default=None)
+
+
+def _capturing_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    capture = _active.get()
+    if capture is not None:
+        capture.store(module, query, key, value, kwargs.get("scaling"))
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+
+@contextmanager
+def capturing(layers: frozenset[int] | None = None) -> Iterator[Capture]:
+    """Collect the states of the one forward pass of an enabled model that runs inside the `with` block.
+
+    layers: indices of the layers to keep; None keeps all.
+    """
+    capture = Capture(layers)
+    token = _active.set(capture)
+    try:
+        yield capture
+    finally:
+        _active.reset(token)
+
+
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside `model`, which may be wrapped by peft."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, PreTrainedModel):
+        raise UserError(f"{type(base).__name__} is not a transformers model")
+    return base
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The model without its language-model head, for passes that need no logits."""
+    base = transformers_model(model)
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    return decoder if isinstance(decoder, nn.Module) else base.base_model
+
+
+def few_logits(model: nn.Module, number: int) -> dict[str, int]:
+    """The keyword that makes `model` compute the logits of the last `number` positions only, where it has one."""
+    parameters = inspect.signature(transformers_model(model).forward).parameters
+    return {"logits_to_keep": number} if "logits_to_keep" in parameters else {}
+
+
+def enable_capture(model: nn.Module) -> list[int]:
+    """Route the attention of `model` through the capture and return the indices of the layers that it reaches.
+
+    Raises UserError when the model does not use transformers' attention interface or lacks scaled-dot-product
+    attention (the stock function that runs inside).
+    """
+    base = transformers_model(model)
+    AttentionInterface.register(ATTENTION_NAME, _capturing_attention)
+    # Without a mask function of the same name, transformers would drop padding masks silently.
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    refusal = (
+        f"{type(base).__name__} does not use transformers' attention interface with scaled-dot-product attention, so "
+        "its queries, keys and values cannot be captured"
+    )
+    if not base._supports_sdpa or not base._can_set_attn_implementation():
+        raise UserError(refusal)
+    base.set_attn_implementation(ATTENTION_NAME)
+    layers = sorted(capture_states(model, torch.zeros(1, 2, dtype=torch.long, device=base.device)))
+    if not layers:
+        raise UserError(refusal)
+    return layers
+
+
+def disable_capture(model: nn.Module) -> None:
+    """Give the model its stock scaled-dot-product attention back."""
+    transformers_model(model).set_attn_implementation("sdpa")
+
+
+@torch.no_grad()
+def capture_states(
+    model: nn.Module, input_ids: Tensor, layers: frozenset[int] | None = None, **inputs: Any
+) -> dict[int, LayerStates]:
+    """The states of `model` on `input_ids` [B, N] by layer, in evaluation mode, without gradients or logits.
+
+    inputs: further arguments of the decoder, such as attention_mask or position_ids.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with capturing(layers) as capture:
+            decoder_of(model)(input_ids=input_ids, use_cache=False, **inputs)
+    finally:
+        model.train(was_training)
+    return capture.states

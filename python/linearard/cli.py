@@ -1,0 +1,150 @@
+"""The command `linearard`: restore, evaluate, info."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from linearard.errors import UserError
+
+HELP = """usage: linearard COMMAND [options]
+
+Undo the damage that RoPE scaling does to a language model.
+
+commands:
+  restore     scale a model's RoPE, measure the damage, undo it by distillation, save the restored model
+  evaluate    measure a model, and how far its attention relations are from a teacher's
+  info        versions, build and devices
+
+`linearard COMMAND --help` explains a command. Start with: linearard restore --recipe demo"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, or 2 for input that cannot be used."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "restore": restore_command,
+        "evaluate": evaluate_command,
+        "info": info_command,
+    }
+    if not given or given[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
+    try:
+        if given[0] not in commands:
+            raise UserError(f"unknown command {given[0]!r}; the commands are {', '.join(commands)}")
+        commands[given[0]](given[1:])
+    except UserError as error:
+        print(f"linearard: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("linearard: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+# The imports are inside the commands: transformers takes seconds, and help and errors should not wait for it.
+def restore_command(arguments: list[str]) -> None:
+    """`linearard restore`: see linearard.restore."""
+    from linearard.config import make_config
+
+    config = make_config(arguments)
+    _quiet_libraries()
+
+    from linearard.display import Display
+    from linearard.report import results_table, write_metrics, write_picture
+    from linearard.restore import restore
+
+    display = Display(quiet=config.process_index != 0)
+    result = restore(config, display)
+    if result is None:
+        return
+    output = Path(str(config.output_dir))
+    write_metrics(result, config, output / "metrics.json")
+    picture = write_picture(result, config, output / "report.png")
+    display.console.print(results_table(result, config))
+    display.say(f"Restored model: {output / 'model'}")
+    display.say(f"Numbers: {output / 'metrics.json'}")
+    display.say(f"Picture: {output / 'report.png'}" if picture else "No picture: matplotlib is not installed")
+
+
+def evaluate_command(arguments: list[str]) -> None:
+    """`linearard evaluate`: see linearard.evaluation."""
+    from linearard.config import EvaluateConfig, OptionParser
+
+    parser = OptionParser(
+        EvaluateConfig, prog="linearard evaluate", usage="linearard evaluate [options]", description=EvaluateConfig.__doc__
+    )
+    config = EvaluateConfig(**parser.given(arguments))
+    _quiet_libraries()
+
+    from linearard.display import Display
+    from linearard.evaluate import evaluate
+    from linearard.report import evaluation_table, write_evaluation
+
+    display = Display()
+    evaluation = evaluate(config, display)
+    if config.output:
+        write_evaluation(evaluation, config, Path(config.output))
+    display.console.print(evaluation_table(config.model, evaluation))
+
+
+def info_command(arguments: list[str]) -> None:
+    """`linearard info`: what a bug report needs."""
+    from linearard.errors import UserError
+
+    if arguments in (["-h"], ["--help"]):
+        print("usage: linearard info\n\nPrint the versions, how the library was built, and the devices.")
+        return
+    if arguments:
+        raise UserError(f"info takes no options, got {arguments[0]!r}")
+    for name, value in information().items():
+        print(f"{name:<24} {value}")
+
+
+def information() -> dict[str, Any]:
+    """Versions, build and devices by name."""
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    import linearard
+    from linearard import _C
+
+    packages = ("transformers", "peft", "accelerate", "safetensors")
+    versions = {name: _version(importlib.metadata.version, name) for name in packages}
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "linearard": linearard.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **versions,
+        **{f"build: {name}": value for name, value in _C.build_info().items()},
+        "processor": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "GPUs": ", ".join(devices) or "none",
+    }
+
+
+def _version(lookup: Callable[[str], str], package: str) -> str:
+    try:
+        return lookup(package)
+    except ModuleNotFoundError:
+        return "not installed"
+
+
+def _quiet_libraries() -> None:
+    """Keep the terminal for our own progress: errors of the libraries still show."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|peft|accelerate")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""`linearard evaluate`: measure one model, and compare its attention relations with a teacher's."""
+
+from pathlib import Path
+
+import torch
+
+from linearard.capture import capture_states, enable_capture
+from linearard.config import EvaluateConfig
+from linearard.display import Display
+from linearard.errors import UserError
+from linearard.evaluation import Evaluation, EvaluationData, States, check_same_tokens, evaluate_model, evaluation_batches
+from linearard.models import check_tokenizer, load_model, load_tokenizer
+
+
+def evaluate(config: EvaluateConfig, display: Display) -> Evaluation:
+    """The measurements of `config.model`; raises UserError for models, files or devices that cannot be used."""
+    device = _device(config.device)
+    if config.output and not Path(config.output).absolute().parent.is_dir():
+        raise UserError(f"the directory of the output file {config.output!r} does not exist")
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    data = EvaluationData.load(config, tokenizer)
+    model = load_model(config.model, trust_remote_code=config.trust_remote_code).to(device)
+    check_tokenizer(tokenizer, model)
+    teacher: States | None = None
+    if config.teacher:
+        check_same_tokens(tokenizer, load_tokenizer(config.teacher, trust_remote_code=config.trust_remote_code))
+        other = load_model(config.teacher, trust_remote_code=config.trust_remote_code).to(device)
+        layers, other_layers = enable_capture(model), enable_capture(other)
+        if layers != other_layers:
+            raise UserError(f"model and teacher have different layers: {len(layers)} and {len(other_layers)}")
+        teacher = lambda input_ids: capture_states(other, input_ids)  # noqa: E731
+    with display.progress("Evaluating", evaluation_batches(data, teacher is not None)) as bar:
+        return evaluate_model(model, tokenizer, data, teacher, bar.advance)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device

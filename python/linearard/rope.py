@@ -1,0 +1,220 @@
+"""RoPE scaling through transformers' own parameters, and the switch between native and scaled RoPE on one module.
+
+A scaling is written `type:factor[,name=value...]`:
+
+* `linear:4`: position interpolation, all frequencies divided by the factor (Chen et al., arXiv 2306.15595);
+* `ntk:4`: a larger base, theta * factor^(d / (d - 2)) (u/bloc97), recorded as a plain `rope_theta`;
+* `dynamic:4`: the same, growing at run time with the length; nothing changes inside the native context;
+* `yarn:4[,beta_fast=32,beta_slow=1]`: YaRN (Peng et al., arXiv 2309.00071);
+* `llama3:8[,low_freq_factor=1,high_freq_factor=4]`: the scaling of Llama 3.1.
+
+`theta=...` replaces the base in any of them; everything lands in the configuration, so that plain transformers loads
+the saved model.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from linearard.capture import transformers_model
+from linearard.errors import UserError
+
+# The options of each type besides theta, with the defaults that transformers requires to be spelled out.
+_OPTIONS: dict[str, dict[str, float | None]] = {
+    "linear": {},
+    "ntk": {},
+    "dynamic": {},
+    "yarn": {"beta_fast": None, "beta_slow": None, "attention_factor": None},
+    "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """A parsed scaling: its type, the factor by which the context grows, a new base or None, and its options."""
+
+    kind: str
+    factor: float
+    theta: float | None = None
+    options: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> "RopeScaling":
+        """Read `type:factor[,name=value...]`; raises UserError with the reason."""
+        head, *pairs = text.strip().split(",")
+        kind, _, factor_text = head.partition(":")
+        if kind not in _OPTIONS:
+            raise UserError(f"unknown RoPE scaling {text!r}: write one of {', '.join(_OPTIONS)} and a factor: linear:4")
+        factor = _number(factor_text, f"the factor of the RoPE scaling {text!r}")
+        if factor <= 1:
+            raise UserError(f"the RoPE scaling {text!r} does not extend the context: its factor must be larger than 1")
+        options = {name: value for name, value in _OPTIONS[kind].items() if value is not None}
+        theta = None
+        for pair in pairs:
+            name, _, value_text = pair.partition("=")
+            value = _number(value_text, f"{name!r} of the RoPE scaling {text!r}")
+            if name == "theta":
+                theta = value
+            elif name in _OPTIONS[kind]:
+                options[name] = value
+            else:
+                valid = ", ".join(["theta", *_OPTIONS[kind]])
+                raise UserError(f"unknown option {name!r} of the RoPE scaling {text!r}; valid: {valid}")
+        return cls(kind, factor, theta, options)
+
+    def parameters(self, native: dict[str, Any], context: int, rotary_dimension: int) -> dict[str, Any]:
+        """transformers' `rope_parameters` of the scaled model.
+
+        native: the parameters of the unscaled model; context: its context in tokens; rotary_dimension: the number of
+        rotated dimensions of a head.
+        """
+        kept = {name: value for name, value in native.items() if name in ("rope_theta", "partial_rotary_factor")}
+        if self.theta is not None:
+            if self.theta <= kept["rope_theta"]:
+                raise UserError(
+                    f"theta {self.theta:g} does not extend the context: the model's own is {kept['rope_theta']:g}"
+                )
+            kept["rope_theta"] = self.theta
+        if self.kind == "ntk":
+            if self.theta is None:
+                kept["rope_theta"] *= self.factor ** (rotary_dimension / (rotary_dimension - 2))
+            return {**kept, "rope_type": "default"}
+        scaled = {**kept, "rope_type": self.kind, "factor": self.factor, **self.options}
+        if self.kind in ("yarn", "llama3"):
+            scaled["original_max_position_embeddings"] = context
+        return scaled
+
+
+def _number(text: str, what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{what} must be a number, got {text!r}")
+    return value
+
+
+@dataclass
+class _Site:
+    """A rotary module's place in the model, with its two versions."""
+
+    parent: nn.Module
+    name: str
+    native: nn.Module
+    scaled: nn.Module
+
+
+class RopeSwitch:
+    """Native and scaled RoPE of one model; made by `scale_rope`, which leaves the model scaled."""
+
+    def __init__(self, sites: list[_Site]) -> None:
+        self._sites = sites
+        self._attach(native=False)
+
+    @contextmanager
+    def native(self) -> Iterator[None]:
+        """Run the body with the native RoPE; the scaled one comes back afterwards."""
+        self._attach(native=True)
+        try:
+            yield
+        finally:
+            self._attach(native=False)
+
+    def _attach(self, native: bool) -> None:
+        for site in self._sites:
+            current = getattr(site.parent, site.name)
+            module = _in_float32(site.native if native else site.scaled, _buffer(current).device)
+            if native:
+                site.native = module
+            else:
+                site.scaled = module
+            setattr(site.parent, site.name, module)
+
+
+def scale_rope(model: nn.Module, scaling: RopeScaling) -> RopeSwitch:
+    """Scale the RoPE of `model` (transformers, possibly wrapped by peft) in place and record it in its configuration.
+
+    Models with one RoPE per layer type (Gemma 3) keep that of their sliding windows. Raises UserError for a model
+    without RoPE, with an unknown kind of it, or already scaled.
+    """
+    base = transformers_model(model)
+    config = base.config.get_text_config(decoder=True)
+    sites = _rotary_sites(base)
+    if not sites or not getattr(config, "rope_parameters", None):
+        raise UserError(f"{type(base).__name__} has no rotary position embedding (RoPE) that could be scaled")
+    native_config = copy.deepcopy(config)
+    context = config.max_position_embeddings
+    # Assigned, not passed to a constructor: the same object is the configuration of every layer.
+    config.rope_parameters = _scaled_parameters(native_config, scaling)
+    if scaling.kind != "dynamic":  # transformers' dynamic scaling grows from the native context
+        config.max_position_embeddings = round(context * scaling.factor)
+    return RopeSwitch(
+        [
+            _Site(parent, name, _rebuilt(module, native_config), _rebuilt(module, config))
+            for parent, name, module in sites
+        ]
+    )
+
+
+def restore_float32_rope(model: nn.Module) -> None:
+    """Rebuild the inverse frequencies in float32, after a cast of the whole model to another dtype."""
+    for parent, name, module in _rotary_sites(transformers_model(model)):
+        setattr(parent, name, _in_float32(module, _buffer(module).device))
+
+
+def _scaled_parameters(config: PretrainedConfig, scaling: RopeScaling) -> dict[str, Any]:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def scaled(native: dict[str, Any]) -> dict[str, Any]:
+        kind = native.get("rope_type", "default")
+        if kind != "default":
+            raise UserError(f"the model's RoPE is scaled already ({kind}); start from the model with its native RoPE")
+        dimension = int(head_dim * native.get("partial_rotary_factor", 1.0))
+        return scaling.parameters(native, config.max_position_embeddings, dimension)
+
+    parameters = config.rope_parameters
+    if "rope_theta" in parameters or "rope_type" in parameters:
+        return scaled(parameters)
+    return {
+        layer_type: native if native is None or "sliding" in layer_type else scaled(native)
+        for layer_type, native in parameters.items()
+    }
+
+
+def _rotary_sites(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """(parent, attribute name, rotary module) of every module with inverse frequencies made from a configuration."""
+    return [
+        (parent, name, module)
+        for parent in model.modules()
+        for name, module in parent.named_children()
+        if isinstance(getattr(module, "config", None), PretrainedConfig)
+        and any(buffer_name.endswith("inv_freq") for buffer_name, _ in module.named_buffers(recurse=False))
+    ]
+
+
+def _buffer(module: nn.Module) -> torch.Tensor:
+    return next(buffer for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq"))
+
+
+def _rebuilt(module: nn.Module, config: PretrainedConfig) -> nn.Module:
+    """A new rotary module of the same class, float32, on the same device."""
+    with torch.device("cpu"):
+        rebuilt: nn.Module = type(module)(config=config)  # type: ignore[call-arg]
+    return rebuilt.to(_buffer(module).device)
+
+
+def _in_float32(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module itself, on `device`; a new one if a cast of the model has taken its inverse frequencies along."""
+    if _buffer(module).dtype != torch.float32:
+        config = module.config
+        assert isinstance(config, PretrainedConfig)
+        module = _rebuilt(module, config)
+    return module.to(device)

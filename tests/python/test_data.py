@@ -1,0 +1,131 @@
+"""Text to blocks of tokens, last-word passages, and the corpus in the package."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from linearard.data import (
+    HELD_OUT_CORPUS,
+    LAST_WORDS,
+    TRAINING_CORPUS,
+    evaluation_windows,
+    last_word_examples,
+    make_blocks,
+    read_texts,
+    training_blocks,
+)
+from linearard.errors import UserError
+from tiny_models import make_tokenizer, sample_text, write_text
+
+
+def test_blocks_are_the_text_with_bos_in_front() -> None:
+    tokenizer = make_tokenizer()
+    text = sample_text()[:3000]
+    blocks = make_blocks([text], tokenizer, 50)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(blocks) == len(ids) // 49
+    assert (blocks[:, 0] == tokenizer.bos_token_id).all()
+    assert blocks[:, 1:].flatten().tolist() == ids[: 49 * len(blocks)]
+
+
+def test_no_bos_where_the_tokenizer_has_none() -> None:
+    tokenizer = make_tokenizer(bos=None)
+    ids = tokenizer("a b c d e f", add_special_tokens=False)["input_ids"]
+    assert make_blocks(["a b c d e f"], tokenizer, len(ids)).tolist() == [ids]
+
+
+def test_blocks_do_not_run_over_the_end_of_a_text() -> None:
+    tokenizer = make_tokenizer()
+    texts = [sample_text()[:500], sample_text()[500:900]]
+    separate = [make_blocks([text], tokenizer, 20) for text in texts]
+    torch.testing.assert_close(make_blocks(texts, tokenizer, 20), torch.cat(separate))
+
+
+def test_training_blocks_come_evenly_from_all_texts(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    file = tmp_path / "two.jsonl"
+    texts = [sample_text()[:4000], sample_text()[4000:8000]]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    few = training_blocks([file], tokenizer, 32, needed=6)
+    expected = torch.cat([make_blocks([text], tokenizer, 32)[:3] for text in texts])
+    torch.testing.assert_close(few.input_ids, expected)
+    everything = training_blocks([file], tokenizer, 32, needed=10_000)
+    torch.testing.assert_close(everything.input_ids, make_blocks(texts, tokenizer, 32))
+    assert everything[3]["input_ids"].tolist() == everything.input_ids[3].tolist()
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".txt.gz", ".jsonl.gz"])
+def test_file_formats(suffix: str, tmp_path: Path) -> None:
+    content = "Größe\nzwei" if suffix.startswith(".txt") else json.dumps({"text": "Größe\nzwei"}) + "\n"
+    file = tmp_path / f"text{suffix}"
+    file.write_bytes(gzip.compress(content.encode()) if suffix.endswith(".gz") else content.encode())
+    assert list(read_texts([file])) == ["Größe\nzwei"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.csv", b"x", "neither .jsonl nor .txt"),
+        ("a.jsonl", b"{", "line 1 .* is not JSON"),
+        ("a.jsonl", b"3\n", "not a JSON object"),
+        ("a.jsonl", b'{"txt": "x"}\n', "no field 'text'"),
+        ("a.txt.gz", b"not gzip", "cannot read"),
+        ("a.txt.gz", gzip.compress(b"x" * 1000)[:-9], "cannot read"),
+        ("a.txt", b"\xff\xfe\xff", "cannot read"),
+        ("missing.txt", None, "does not exist"),
+    ],
+)
+def test_bad_files(name: str, content: bytes | None, reason: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=reason):
+        list(read_texts([tmp_path / name]))
+
+
+def test_too_short_data(tmp_path: Path) -> None:
+    file = write_text(tmp_path, 20)
+    with pytest.raises(UserError, match="training data are too short"):
+        training_blocks([file], make_tokenizer(), 64, needed=2)
+    with pytest.raises(UserError, match="held-out data are too short"):
+        evaluation_windows([file], make_tokenizer(), 64, 2)
+    with pytest.raises(UserError, match="no room"):
+        make_blocks(["text"], make_tokenizer(), 1)
+
+
+def test_evaluation_windows_are_spread_over_the_text(tmp_path: Path) -> None:
+    file = write_text(tmp_path)
+    everything = evaluation_windows([file], make_tokenizer(), 32, 10_000)
+    some = evaluation_windows([file], make_tokenizer(), 32, 4)
+    quarter = len(everything) / 4
+    torch.testing.assert_close(some, everything[[int(index * quarter) for index in range(4)]])
+
+
+def test_last_word_file(tmp_path: Path) -> None:
+    file = tmp_path / "words.jsonl"
+    file.write_text('{"context": "a b a", "word": "b"}\n{"context": "c", "word": "d"}\n')
+    assert [example.word for example in last_word_examples(file, 10)] == ["b", "d"]
+    assert [example.word for example in last_word_examples(file, 1)] == ["b"]
+    file.write_text('{"context": "a"}\n')
+    with pytest.raises(UserError, match="'context' and 'word'"):
+        last_word_examples(file, 1)
+
+
+def test_the_package_corpus_keeps_training_and_evaluation_apart() -> None:
+    train, held_out = list(read_texts([TRAINING_CORPUS])), list(read_texts([HELD_OUT_CORPUS]))
+    examples = last_word_examples(LAST_WORDS, 10_000)
+    assert sum(map(len, train)) > 4.4e6, "enough for 1.05M tokens of SmolLM2 (4.2 characters each)"
+    assert len(examples) >= 128
+    everything = "\n".join(train)
+    for text in [*held_out, *(example.context for example in examples)]:
+        assert not any(text[start : start + 60] in everything for start in range(0, len(text) - 60, 700))
+    assert "gutenberg" not in "".join([*train, *held_out]).lower()
+
+
+def test_last_words_occur_earlier_in_their_passage() -> None:
+    for example in last_word_examples(LAST_WORDS, 10_000):
+        assert example.word in example.context
+        assert not example.context.endswith(example.word)
