@@ -43,17 +43,30 @@ std::vector<RowSet> row_sets(int64_t batches,
   return sets;
 }
 
-at::Tensor take_rows(const at::Tensor& tensor, const RowSet& rows) {
-  if (!rows.indices.defined()) return tensor.narrow(0, rows.begin, rows.length);
-  return tensor.index_select(0, rows.indices.to(tensor.device()));
+at::Tensor take_rows(const at::Tensor& tensor, const RowSet& rows, int64_t dimension) {
+  if (!rows.indices.defined()) return tensor.narrow(dimension, rows.begin, rows.length);
+  return tensor.index_select(dimension, rows.indices.to(tensor.device()));
 }
 
-void put_rows(const at::Tensor& tensor, const RowSet& rows, const at::Tensor& values) {
+void put_rows(const at::Tensor& tensor, const RowSet& rows, const at::Tensor& values, int64_t dimension) {
   if (!rows.indices.defined()) {
-    tensor.narrow(0, rows.begin, rows.length).copy_(values);
+    tensor.narrow(dimension, rows.begin, rows.length).copy_(values);
   } else {
-    tensor.index_copy_(0, rows.indices.to(tensor.device()), values.to(tensor.scalar_type()));
+    tensor.index_copy_(dimension, rows.indices.to(tensor.device()), values.to(tensor.scalar_type()));
   }
+}
+
+std::vector<int64_t> visible_keys(const RowSet& queries, const RowSet& keys, bool causal) {
+  std::vector<int64_t> visible(static_cast<size_t>(queries.length), keys.length);
+  if (!causal) return visible;
+  int64_t seen = 0;
+  for (int64_t i = 0; i < queries.length; ++i) {
+    const int64_t position = queries.position(i) - queries.sequence_begin;
+    const int64_t last = position + keys.sequence_length - queries.sequence_length;
+    while (seen < keys.length && keys.position(seen) - keys.sequence_begin <= last) ++seen;
+    visible[i] = seen;
+  }
+  return visible;
 }
 
 }  // namespace linearard

@@ -30,10 +30,14 @@ std::vector<RowSet> row_sets(int64_t batches,
                              const std::optional<at::Tensor>& key_padding_mask,
                              const std::optional<at::Tensor>& cu_seqlens);
 
-/// The rows of a set out of [N, ...]: a view where they are consecutive.
-at::Tensor take_rows(const at::Tensor& tensor, const RowSet& rows);
+/// The rows of a set out of a tensor with dimension N at `dimension`: a view where they are consecutive.
+at::Tensor take_rows(const at::Tensor& tensor, const RowSet& rows, int64_t dimension = 0);
 
-/// Write `values` [length, ...] to the rows of a set in `tensor` [N, ...].
-void put_rows(const at::Tensor& tensor, const RowSet& rows, const at::Tensor& values);
+/// Write `values` to the rows of a set in a tensor with dimension N at `dimension`.
+void put_rows(const at::Tensor& tensor, const RowSet& rows, const at::Tensor& values, int64_t dimension = 0);
+
+/// Number of leading keys that each query sees: all of them, or, causal, those up to i + (keys - queries): aligned to
+/// the bottom right, in positions that count padding (padding itself is in neither set).
+std::vector<int64_t> visible_keys(const RowSet& queries, const RowSet& keys, bool causal);
 
 }  // namespace linearard

@@ -5,6 +5,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "cpu/attention_call.h"
+#include "saturation.h"
 
 namespace linearard::cpu {
 namespace {
@@ -141,8 +142,7 @@ void backward_groups(const AttentionCall& call,
                      const at::Tensor& grad_key) {
   const TileBuffers buffers(call.tile_rows, call.form.compute);
   const int64_t dimension = call.arguments.query_student.size(-1);
-  const double scale = std::clamp(call.arguments.scale_student / call.form.student_multiplier,
-                                  -largest_finite(at::kDouble), largest_finite(at::kDouble));
+  const double scale = call.form.gradient_scale(call.arguments.scale_student);
   for (const HeadGroup& group : call.groups) {
     const RowSet& queries = *group.sequence->queries;
     const RowSet& keys = *group.sequence->keys;

@@ -7,7 +7,7 @@
 
 #include "arguments.h"
 #include "cpu/kernels/tile_kernels.h"
-#include "cpu/logit_form.h"
+#include "logit_form.h"
 #include "cpu/operand.h"
 #include "cpu/schedule.h"
 #include "cpu/statistics.h"

@@ -3,42 +3,9 @@
 #include "cpu/relation.h"
 
 namespace linearard::cpu {
-namespace {
-
-/// Causal, aligned to the bottom right of the sequence: query i sees keys up to i + (keys - queries), in positions
-/// that count padding; padding itself has dropped out of the sets.
-std::vector<int64_t> visible_keys(const RowSet& queries, const RowSet& keys, bool causal) {
-  std::vector<int64_t> visible(static_cast<size_t>(queries.length), keys.length);
-  if (!causal) return visible;
-  int64_t seen = 0;
-  for (int64_t i = 0; i < queries.length; ++i) {
-    const int64_t position = queries.position(i) - queries.sequence_begin;
-    const int64_t last = position + keys.sequence_length - queries.sequence_length;
-    while (seen < keys.length && keys.position(seen) - keys.sequence_begin <= last) ++seen;
-    visible[i] = seen;
-  }
-  return visible;
-}
-
-LogitForm form_of(const AttentionArguments& arguments, const at::Tensor* grad_kl) {
-  InputSizes sizes;
-  sizes.add_student(arguments.query_student);
-  sizes.add_student(arguments.key_student);
-  sizes.add_teacher(arguments.query_teacher);
-  sizes.add_teacher(arguments.key_teacher);
-  if (grad_kl != nullptr) {
-    // A key collects the gradients of the queries of all heads that share it.
-    const int64_t queries = arguments.query_student.size(1) * arguments.query_student.size(2);
-    sizes.add_gradient(*grad_kl, std::max(queries, arguments.key_student.size(2)));
-  }
-  return choose_logit_form(sizes, arguments.scale_student, arguments.scale_teacher);
-}
-
-}  // namespace
-
 AttentionCall::AttentionCall(const AttentionArguments& attention_arguments, const at::Tensor* grad_kl)
     : arguments(attention_arguments),
-      form(form_of(arguments, grad_kl)),
+      form(choose_logit_form(arguments, grad_kl)),
       query_sets(row_sets(arguments.query_student.size(0),
                           arguments.query_student.size(2),
                           arguments.query_padding_mask,

@@ -5,7 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "cpu/kernels/tile_kernels.h"
-#include "cpu/logit_form.h"
+#include "logit_form.h"
 #include "row_sets.h"
 
 namespace linearard::cpu {

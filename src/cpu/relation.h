@@ -7,7 +7,7 @@
 #include <linearard/plan.h>
 
 #include "arguments.h"
-#include "cpu/logit_form.h"
+#include "logit_form.h"
 #include "cpu/operand.h"
 #include "cpu/statistics.h"
 #include "row_sets.h"

@@ -6,6 +6,7 @@
 
 #include "cpu/relation.h"
 #include "cpu/schedule.h"
+#include "saturation.h"
 
 namespace linearard::cpu {
 namespace {
@@ -89,7 +90,7 @@ void backward_groups(const RelationCall& call,
                      const at::Tensor& lse_teacher,
                      const at::Tensor& grad_student) {
   const TileBuffers buffers(call.tile_rows, call.form.compute);
-  const double scale = call.arguments.scale_student / call.form.student_multiplier;
+  const double scale = call.form.gradient_scale(call.arguments.scale_student);
   for (size_t group = 0; group + 1 < call.groups.size(); ++group) {
     const size_t begin = call.groups[group];
     const std::vector<Operand> operands = pack_group(call, begin, call.groups[group + 1]);
@@ -98,7 +99,7 @@ void backward_groups(const RelationCall& call,
     for (size_t i = 0; i < gradients.size(); ++i) {
       const at::Tensor& gradient = gradients[i].whole;
       add_diagonal<Real>(gradient, operands[i].student.whole, vectors[i]);
-      gradient.mul_(std::clamp(scale, -largest_finite(at::kDouble), largest_finite(at::kDouble)));
+      gradient.mul_(scale);
       const Problem& problem = call.problems[begin + i];
       put_rows(call.head_of(grad_student, problem), *problem.rows,
                saturating_cast(gradient, grad_student.scalar_type()));

@@ -50,21 +50,9 @@ int64_t workspace_bytes_per_row(const LogitForm& form, const RelationArguments& 
   return bytes;
 }
 
-namespace {
-
-LogitForm form_of(const RelationArguments& arguments, const at::Tensor* grad_kl) {
-  InputSizes sizes;
-  sizes.add_student(arguments.student);
-  sizes.add_teacher(arguments.teacher);
-  if (grad_kl != nullptr) sizes.add_gradient(*grad_kl, arguments.student.size(2));
-  return choose_logit_form(sizes, arguments.scale_student, arguments.scale_teacher);
-}
-
-}  // namespace
-
 RelationCall::RelationCall(const RelationArguments& relation_arguments, const at::Tensor* grad_kl)
     : arguments(relation_arguments),
-      form(form_of(arguments, grad_kl)),
+      form(choose_logit_form(arguments, grad_kl)),
       sets(row_sets(arguments.student.size(0),
                     arguments.student.size(2),
                     arguments.key_padding_mask,

@@ -61,10 +61,4 @@ std::vector<RowVectors<Real>> vectors_of(const std::vector<std::vector<RowResult
 Gradient gradient_kind(Divergence divergence);
 Expectation mean_kind(Divergence divergence);
 
-/// Largest finite value of a dtype: results saturate there, so that finite inputs never give an infinity.
-double largest_finite(at::ScalarType dtype);
-
-/// `values` with infinities that finite inputs have led to cut to the largest finite value; NaN stays.
-at::Tensor saturating_cast(const at::Tensor& values, at::ScalarType dtype);
-
 }  // namespace linearard::cpu

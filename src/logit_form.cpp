@@ -1,4 +1,4 @@
-#include "cpu/logit_form.h"
+#include "logit_form.h"
 
 #include <algorithm>
 #include <cmath>
@@ -7,7 +7,7 @@
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/nan_to_num.h>
 
-namespace linearard::cpu {
+namespace linearard {
 namespace {
 
 // Products, logits and sums of float tiles stay below 1e30, so that phi, delta times a probability and the row sums
@@ -42,25 +42,33 @@ std::pair<double, bool> largest_magnitude(const at::Tensor& tensor) {
   return {at::linalg_vector_norm(at::nan_to_num(tensor, 0, 0, 0), INFINITY).item<double>(), false};
 }
 
-void add(const at::Tensor& tensor, InputSizes& sizes, double& magnitude, int64_t& dimension) {
-  const auto [largest, finite] = largest_magnitude(tensor);
-  magnitude = std::max(magnitude, largest);
-  dimension = tensor.size(-1);
-  sizes.finite = sizes.finite && finite;
-  sizes.float64 = sizes.float64 || tensor.scalar_type() == at::kDouble;
-}
+/// What decides.
+struct InputSizes {
+  bool float64 = false;           ///< whether an input is
+  int64_t student_dimension = 1;  ///< Ds
+  int64_t teacher_dimension = 1;  ///< Dt
+  double student = 0;             ///< largest finite |x|
+  double teacher = 0;             ///< largest finite |y|
+  double gradient = 0;            ///< largest finite |grad_kl| x number of rows; 0 in the forward
+  bool finite = true;             ///< no NaN and no infinity in x and y
 
-}  // namespace
+  void add_student(const at::Tensor& x) { add(x, student, student_dimension); }
+  void add_teacher(const at::Tensor& y) { add(y, teacher, teacher_dimension); }
+  void add_gradient(const at::Tensor& grad_kl, int64_t rows) {
+    gradient = largest_magnitude(grad_kl).first * static_cast<double>(rows);
+  }
 
-void InputSizes::add_student(const at::Tensor& x) { add(x, *this, student, student_dimension); }
+ private:
+  void add(const at::Tensor& tensor, double& magnitude, int64_t& dimension) {
+    const auto [largest, all_finite] = largest_magnitude(tensor);
+    magnitude = std::max(magnitude, largest);
+    dimension = tensor.size(-1);
+    finite = finite && all_finite;
+    float64 = float64 || tensor.scalar_type() == at::kDouble;
+  }
+};
 
-void InputSizes::add_teacher(const at::Tensor& y) { add(y, *this, teacher, teacher_dimension); }
-
-void InputSizes::add_gradient(const at::Tensor& grad_kl, int64_t rows) {
-  gradient = largest_magnitude(grad_kl).first * static_cast<double>(rows);
-}
-
-LogitForm choose_logit_form(const InputSizes& sizes, double scale_student, double scale_teacher) {
+LogitForm choose(const InputSizes& sizes, double scale_student, double scale_teacher) {
   LogitForm form;
   form.scale_student = scale_student;
   form.scale_teacher = scale_teacher;
@@ -84,4 +92,28 @@ LogitForm choose_logit_form(const InputSizes& sizes, double scale_student, doubl
   return form;
 }
 
-}  // namespace linearard::cpu
+}  // namespace
+
+LogitForm choose_logit_form(const RelationArguments& arguments, const at::Tensor* grad_kl) {
+  InputSizes sizes;
+  sizes.add_student(arguments.student);
+  sizes.add_teacher(arguments.teacher);
+  if (grad_kl != nullptr) sizes.add_gradient(*grad_kl, arguments.student.size(2));
+  return choose(sizes, arguments.scale_student, arguments.scale_teacher);
+}
+
+LogitForm choose_logit_form(const AttentionArguments& arguments, const at::Tensor* grad_kl) {
+  InputSizes sizes;
+  sizes.add_student(arguments.query_student);
+  sizes.add_student(arguments.key_student);
+  sizes.add_teacher(arguments.query_teacher);
+  sizes.add_teacher(arguments.key_teacher);
+  if (grad_kl != nullptr) {
+    // A key collects the gradients of the queries of all heads that share it.
+    const int64_t queries = arguments.query_student.size(1) * arguments.query_student.size(2);
+    sizes.add_gradient(*grad_kl, std::max(queries, arguments.key_student.size(2)));
+  }
+  return choose(sizes, arguments.scale_student, arguments.scale_teacher);
+}
+
+}  // namespace linearard

@@ -1,10 +1,14 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include <ATen/core/Tensor.h>
 
-namespace linearard::cpu {
+#include "arguments.h"
+
+namespace linearard {
 
 /// How inner products of packed rows become the logits of a call: chosen once, so that nothing can overflow in a tile
 /// and so that delta = s - t keeps its relative precision.
@@ -19,23 +23,16 @@ struct LogitForm {
   double scale_teacher = 1;
   double student_ratio = 1;  ///< sqrt(scale_student / scale_teacher): brings x into the teacher's scale
   bool finite = true;        ///< whether all inputs are
+
+  /// Factor on H X of the packed student rows that makes it the gradient.
+  double gradient_scale(double scale_of_student) const {
+    constexpr double kLargest = std::numeric_limits<double>::max();
+    return std::clamp(scale_of_student / student_multiplier, -kLargest, kLargest);
+  }
 };
 
-/// What decides.
-struct InputSizes {
-  bool float64 = false;           ///< whether an input is
-  int64_t student_dimension = 1;  ///< Ds
-  int64_t teacher_dimension = 1;  ///< Dt
-  double student = 0;             ///< largest finite |x|
-  double teacher = 0;             ///< largest finite |y|
-  double gradient = 0;            ///< largest finite |grad_kl| x number of rows; 0 in the forward
-  bool finite = true;             ///< no NaN and no infinity in x and y
+/// @param grad_kl upstream gradient in a backward, null in a forward
+LogitForm choose_logit_form(const RelationArguments& arguments, const at::Tensor* grad_kl);
+LogitForm choose_logit_form(const AttentionArguments& arguments, const at::Tensor* grad_kl);
 
-  void add_student(const at::Tensor& x);
-  void add_teacher(const at::Tensor& y);
-  void add_gradient(const at::Tensor& grad_kl, int64_t rows);
-};
-
-LogitForm choose_logit_form(const InputSizes& sizes, double scale_student, double scale_teacher);
-
-}  // namespace linearard::cpu
+}  // namespace linearard

@@ -1,0 +1,222 @@
+#include "aten/divergence.h"
+
+#include <algorithm>
+#include <limits>
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/baddbmm.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/expm1.h>
+#include <ATen/ops/nan_to_num.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
+
+namespace linearard::aten {
+namespace {
+
+constexpr double kExpOverflow = 80;  // phi is cut there; such rows take the direct sum
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+/// Rows of a block, so that one matrix of its logits has at most 2^24 elements.
+int64_t rows_of_block(const Vectors& rows, const Vectors& keys) {
+  constexpr int64_t kElements = int64_t{1} << 24;
+  const int64_t elements_per_row = std::max<int64_t>(1, rows.student.size(0) * keys.student.size(1));
+  return std::max<int64_t>(1, kElements / elements_per_row);
+}
+
+/// Logits of a block of rows against all keys, [G, block, keys].
+struct Block {
+  at::Tensor teacher;    ///< t, -infinity where a key is not visible
+  at::Tensor delta;      ///< s - t, 0 where a key is not visible
+  at::Tensor invisible;  ///< [block, keys] bool; undefined: all are visible
+};
+
+at::Tensor scaled(at::Tensor product, double scale, const LogitForm& form) {
+  product.mul_(scale);
+  if (form.compute != at::kDouble) return product;
+  constexpr double kLogitLimit = 1e300;
+  return form.finite ? product.clamp_(-kLogitLimit, kLogitLimit) : product;
+}
+
+at::Tensor invisible_keys(const Visibility& visibility, int64_t begin, int64_t count, int64_t keys) {
+  if (!visibility.visible.defined()) return {};
+  const at::Tensor limit = visibility.visible.narrow(0, begin, count).unsqueeze(1);
+  return at::arange(keys, limit.options()).unsqueeze(0).ge(limit);
+}
+
+at::Tensor teacher_logits(const LogitForm& form, const Vectors& rows, const Vectors& keys, int64_t begin,
+                          int64_t count) {
+  const at::Tensor y = rows.teacher.narrow(1, begin, count);
+  return scaled(at::bmm(y, keys.teacher.mT()), form.scale_teacher, form);
+}
+
+Block logits_of_block(const LogitForm& form,
+                      const Vectors& rows,
+                      const Vectors& keys,
+                      const Visibility& visibility,
+                      int64_t begin,
+                      int64_t count) {
+  Block block;
+  block.teacher = teacher_logits(form, rows, keys, begin, count);
+  if (form.difference) {
+    const at::Tensor first = at::bmm(rows.difference.narrow(1, begin, count), keys.scaled_student.mT());
+    const at::Tensor y = rows.teacher.narrow(1, begin, count);
+    block.delta = at::baddbmm(first, y, keys.difference.mT()).mul_(form.scale_teacher);
+  } else {
+    const at::Tensor x = rows.student.narrow(1, begin, count);
+    block.delta = scaled(at::bmm(x, keys.student.mT()), form.scale_student, form).sub_(block.teacher);
+  }
+  block.invisible = invisible_keys(visibility, begin, count, keys.student.size(1));
+  if (block.invisible.defined()) {
+    block.teacher.masked_fill_(block.invisible, -kInfinity);
+    block.delta.masked_fill_(block.invisible, 0);
+  }
+  return block;
+}
+
+/// expm1(x) - x, x <= kExpOverflow.
+at::Tensor phi(const at::Tensor& x) { return at::expm1(x).sub_(x); }
+
+/// The larger of the two probabilities; log_teacher = log P, ratio = log(Q / P).
+at::Tensor larger_probability(const at::Tensor& log_teacher, const at::Tensor& ratio) {
+  return (log_teacher + ratio.clamp_min(0)).exp_();
+}
+
+/// docs/mathematics.md, "Precision": phi with delta shifted by lse_student - lse_teacher, where E_T[expm1] is 0 but for
+/// rounding; the direct sum where the teacher's weights cannot represent the student's mass.
+at::Tensor kl_of_rows(const at::Tensor& log_teacher, const at::Tensor& ratio) {
+  const at::Tensor teacher = log_teacher.exp();
+  const at::Tensor cut = ratio.clamp_max(kExpOverflow);
+  const at::Tensor a = (teacher * at::expm1(cut)).sum(-1);
+  const at::Tensor stable = (teacher * phi(cut)).sum(-1) - (a - a.log1p());
+  const at::Tensor direct = (teacher * ratio).sum(-1).neg_().clamp_min_(0);
+  return at::where(a.abs() < 1e-2, stable, direct);
+}
+
+at::Tensor jsd_of_rows(const at::Tensor& log_teacher, const at::Tensor& ratio, double beta) {
+  const at::Tensor rho = -ratio.abs();
+  const at::Tensor expm1 = rho.expm1();
+  const at::Tensor weight = at::where(ratio > 0, beta, 1 - beta).to(ratio.scalar_type());
+  const at::Tensor v = weight * expm1;
+  const at::Tensor first = weight * (rho * expm1 - (expm1 - rho));
+  const at::Tensor second = (v + 1) * v.log1p() - v;
+  return (larger_probability(log_teacher, ratio) * (first - second)).sum(-1);
+}
+
+/// log(Q / M) of the mixture M = beta P + (1 - beta) Q.
+at::Tensor log_student_to_mixture(const at::Tensor& ratio, double beta) {
+  const at::Tensor weight = at::where(ratio > 0, beta, 1 - beta).to(ratio.scalar_type());
+  return ratio.clamp_max(0) - (weight * (-ratio.abs()).expm1()).log1p();
+}
+
+/// G / g.
+at::Tensor logit_gradient(const DivergenceOptions& options, const at::Tensor& log_teacher, const at::Tensor& ratio) {
+  if (options.divergence == Divergence::kForwardKL) {
+    return larger_probability(log_teacher, ratio) * (-ratio.abs()).expm1() * ratio.sign().neg_();
+  }
+  const at::Tensor student = (log_teacher + ratio).exp();
+  const bool jsd = options.divergence == Divergence::kJSD;
+  const at::Tensor value = jsd ? log_student_to_mixture(ratio, options.beta) : ratio;
+  // Invisible keys have Q = 0 and a finite value.
+  const at::Tensor mean = (student * value).sum(-1, true);
+  return student * (value - mean) * (jsd ? 1 - options.beta : 1.0);
+}
+
+/// Rows that see no key have no distribution: their statistics are 0.
+at::Tensor zero_where_blind(const at::Tensor& values, const at::Tensor& invisible) {
+  return invisible.defined() ? values.masked_fill(invisible.all(-1), 0) : values;
+}
+
+}  // namespace
+
+Vectors::Vectors(const at::Tensor& student_vectors, const at::Tensor& teacher_vectors, const LogitForm& form)
+    : student(student_vectors.to(form.compute)), teacher(teacher_vectors.to(form.compute)) {
+  if (form.student_multiplier != 1) student = student * form.student_multiplier;
+  if (form.teacher_multiplier != 1) teacher = teacher * form.teacher_multiplier;
+  if (!form.difference) return;
+  if (form.student_ratio == 1) {
+    scaled_student = student;
+    difference = student - teacher;
+    return;
+  }
+  // In double: the rounding of ratio * x would otherwise be of the size of a small difference.
+  const at::Tensor exact = student.to(at::kDouble) * form.student_ratio;
+  difference = (exact - teacher).to(form.compute);
+  scaled_student = exact.to(form.compute);
+}
+
+RowValues divergence_forward(const LogitForm& form,
+                             const DivergenceOptions& options,
+                             const Vectors& rows,
+                             const Vectors& keys,
+                             const Visibility& visibility) {
+  std::vector<at::Tensor> kl;
+  std::vector<at::Tensor> lse_student;
+  std::vector<at::Tensor> lse_teacher;
+  const int64_t length = rows.student.size(1);
+  const int64_t step = rows_of_block(rows, keys);
+  for (int64_t begin = 0; begin < length; begin += step) {
+    const Block block = logits_of_block(form, rows, keys, visibility, begin, std::min(step, length - begin));
+    const at::Tensor teacher = block.teacher.logsumexp(-1);
+    const at::Tensor student = (block.teacher + block.delta).logsumexp(-1);
+    const at::Tensor log_teacher = block.teacher - teacher.unsqueeze(-1);
+    const at::Tensor ratio = block.delta - (student - teacher).unsqueeze(-1);
+    const at::Tensor value = options.divergence == Divergence::kJSD ? jsd_of_rows(log_teacher, ratio, options.beta)
+                                                                    : kl_of_rows(log_teacher, ratio);
+    kl.push_back(zero_where_blind(value, block.invisible));
+    lse_student.push_back(zero_where_blind(student, block.invisible));
+    lse_teacher.push_back(zero_where_blind(teacher, block.invisible));
+  }
+  return {at::cat(kl, 1), at::cat(lse_student, 1), at::cat(lse_teacher, 1)};
+}
+
+Gradients divergence_backward(const LogitForm& form,
+                              const DivergenceOptions& options,
+                              const Vectors& rows,
+                              const Vectors& keys,
+                              const Visibility& visibility,
+                              const RowValues& statistics,
+                              const at::Tensor& weight) {
+  Gradients gradients{at::zeros_like(rows.student), at::zeros_like(keys.student)};
+  const auto finite = [&](const at::Tensor& x) { return form.finite ? x : at::nan_to_num(x, 0, 0, 0); };
+  const at::Tensor key_vectors = finite(keys.student);
+  const at::Tensor row_vectors = finite(rows.student);
+  const int64_t length = rows.student.size(1);
+  const int64_t step = rows_of_block(rows, keys);
+  for (int64_t begin = 0; begin < length; begin += step) {
+    const int64_t count = std::min(step, length - begin);
+    const Block block = logits_of_block(form, rows, keys, visibility, begin, count);
+    const at::Tensor lse_teacher = statistics.lse_teacher.narrow(1, begin, count);
+    const at::Tensor lse_difference = statistics.lse_student.narrow(1, begin, count) - lse_teacher;
+    at::Tensor gradient = logit_gradient(options, block.teacher - lse_teacher.unsqueeze(-1),
+                                         block.delta - lse_difference.unsqueeze(-1));
+    if (block.invisible.defined()) gradient.masked_fill_(block.invisible, 0);
+    if (visibility.relation) {
+      at::Tensor diagonal = gradient.diagonal(begin, -2, -1);
+      diagonal.zero_();
+      diagonal.copy_(gradient.sum(-1).neg_());
+    }
+    gradient.mul_(weight.narrow(1, begin, count).unsqueeze(-1));
+    gradients.rows.narrow(1, begin, count).baddbmm_(gradient, key_vectors);
+    gradients.keys.baddbmm_(gradient.mT(), row_vectors.narrow(1, begin, count));
+  }
+  return gradients;
+}
+
+at::Tensor lse_forward(const LogitForm& form, const Vectors& vectors, const Visibility& visibility) {
+  std::vector<at::Tensor> lse;
+  const int64_t length = vectors.teacher.size(1);
+  const int64_t step = rows_of_block(vectors, vectors);
+  for (int64_t begin = 0; begin < length; begin += step) {
+    const int64_t count = std::min(step, length - begin);
+    at::Tensor teacher = teacher_logits(form, vectors, vectors, begin, count);
+    const at::Tensor invisible = invisible_keys(visibility, begin, count, length);
+    if (invisible.defined()) teacher.masked_fill_(invisible, -kInfinity);
+    lse.push_back(teacher.logsumexp(-1));
+  }
+  return at::cat(lse, 1);
+}
+
+}  // namespace linearard::aten
