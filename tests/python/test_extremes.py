@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comparison import assert_gradient_close, assert_rows_close, expected_relation
+from comparison import (
+    assert_gradient_close,
+    assert_rows_close,
+    assert_within,
+    expected_relation,
+    promised_row_error,
+)
 from generators import gaussian, perturbed, realistic
 
 import linearard  # noqa: F401  (registers the operators)
@@ -196,13 +202,18 @@ def test_constant_inputs(device):
 
 
 def test_spread_of_lse_beyond_the_range_of_one_exponential(device):
-    """A hundred times the logits of a real model: spreads of thousands of nats take the exact path."""
+    """A hundred times the logits of a real model: spreads of thousands of nats take the exact path.
+
+    At a thousand nats a float32 logit is known to 1e-4 only: a row may be off by what its own lse is off.
+    """
     teacher = 10.0 * realistic(1, 4, 200, 64, device=device)
     student = perturbed(teacher, 0.01, multiplicative=True)
     for options in ({}, {"causal": True}, {"divergence": "reverse_kl"}, {"divergence": "jsd"}):
         expected = expected_relation(student.float(), teacher.float(), **options)
         kl, _, _, gradient = run(student.float(), teacher.float(), **options)
-        assert_rows_close(kl, expected)
+        of_logits = expected.row_rounding + expected.lse_student_rounding + expected.lse_teacher_rounding
+        allowed = promised_row_error(expected.rows.kl, expected.dtype) + of_logits
+        assert_within(kl, expected.rows.kl, allowed, f"kl with {options}")
         assert_gradient_close(gradient, expected.gradients[0], expected.gradient_floors[0])
 
 

@@ -83,10 +83,14 @@ def test_jensen_shannon_weight_of_the_teacher(device, beta):
     check_kernels(student, teacher, divergence="jsd", beta=beta)
 
 
-def test_unrelated_student_and_teacher(device):
-    """Far from convergence, where values are large and the formula for small differences must not be used."""
-    teacher = 2.0 * gaussian(1, 2, 130, 64, device=device)
-    check_kernels(gaussian(1, 2, 130, 64, seed=1, device=device).float(), teacher.float())
+@pytest.mark.parametrize("scale_student", [None, 0.01, 0.0])
+def test_unrelated_student_and_teacher(device, scale_student):
+    """Far from convergence, where values are large and the formulas for small differences must not be used."""
+    near, far = gaussian(1, 4, 300, 64, seed=1, device=device), realistic(1, 4, 300, 64, device=device)
+    check_kernels(near.float(), (2.0 * gaussian(1, 4, 300, 64, device=device)).float(), scale_student=scale_student)
+    check_kernels(near.float(), far.float(), scale_student=scale_student)
+    check_kernels(far.float(), near.float(), scale_student=scale_student)
+    check_kernels(near, far, scale_student=scale_student)
 
 
 def test_student_equal_to_teacher_is_zero(device):
