@@ -25,8 +25,10 @@ struct Kernels {
     RelationOptions options = relation_options(kName, key_padding_mask, cu_seqlens, scale_student, scale_teacher,
                                                causal, divergence, beta, deterministic);
     const RelationArguments arguments = check_relation(kName, student, teacher, options.lse_teacher(lse_teacher));
-    check_values(kName, "cu_seqlens", cu_seqlens, student);
-    return Backend::relation_forward(arguments);
+    check_values("relation_kl", "cu_seqlens", cu_seqlens, student);
+    ThreeTensors results = Backend::relation_forward(arguments);
+    if (lse_teacher) std::get<2>(results) = lse_teacher->to(statistics_dtype(arguments)).clone();
+    return results;
   }
 
   static at::Tensor relation_kl_backward(const at::Tensor& grad_kl,
@@ -87,8 +89,8 @@ struct Kernels {
         kName, query_student, key_student, query_teacher, key_teacher,
         attention_options(kName, query_padding_mask, key_padding_mask, cu_seqlens, cu_seqlens_key, scale_student,
                           scale_teacher, causal, divergence, beta, deterministic));
-    check_values(kName, "cu_seqlens", cu_seqlens, query_student);
-    check_values(kName, "cu_seqlens_key", cu_seqlens_key, key_student);
+    check_values("attention_kl", "cu_seqlens", cu_seqlens, query_student);
+    check_values("attention_kl", "cu_seqlens_key", cu_seqlens_key, key_student);
     return Backend::attention_forward(arguments);
   }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <utility>
 
 #include <ATen/ops/linalg_vector_norm.h>
@@ -13,9 +14,10 @@ namespace {
 // Products, logits and sums of float tiles stay below 1e30, so that phi, delta times a probability and the row sums
 // (at most 2^31 terms) stay finite as well.
 constexpr double kFloatLimit = 1e30;
-// Products of double tiles stay below 1e280; the logits are cut at 1e300 by the kernels.
+// Products of double tiles stay below 1e280 and so do their scales; the kernels cut logits at 1e150. Upstream gradients
+// times 1e150 must be finite too.
 constexpr double kDoubleLimit = 1e280;
-constexpr double kLogitLimit = 1e300;
+constexpr double kGradientLimit = 1e100;
 
 bool fits_float(double magnitude, int64_t dimension, double scale) {
   const double product = magnitude * magnitude * static_cast<double>(dimension);
@@ -31,7 +33,7 @@ double overflow_multiplier(double magnitude, int64_t dimension) {
 }
 
 double scale_of_products(double scale, double multiplier) {
-  return std::clamp(scale / multiplier / multiplier, -kLogitLimit, kLogitLimit);
+  return std::clamp(scale / multiplier / multiplier, -kDoubleLimit, kDoubleLimit);
 }
 
 /// Largest finite absolute value of a tensor (0 if there is none), and whether there are no others.
@@ -42,7 +44,7 @@ std::pair<double, bool> largest_magnitude(const at::Tensor& tensor) {
   return {at::linalg_vector_norm(at::nan_to_num(tensor, 0, 0, 0), INFINITY).item<double>(), false};
 }
 
-/// What decides.
+/// What decides. Padding does not.
 struct InputSizes {
   bool float64 = false;           ///< whether an input is
   int64_t student_dimension = 1;  ///< Ds
@@ -52,15 +54,19 @@ struct InputSizes {
   double gradient = 0;            ///< largest finite |grad_kl| x number of rows; 0 in the forward
   bool finite = true;             ///< no NaN and no infinity in x and y
 
-  void add_student(const at::Tensor& x) { add(x, student, student_dimension); }
-  void add_teacher(const at::Tensor& y) { add(y, teacher, teacher_dimension); }
+  using Mask = std::optional<at::Tensor>;  ///< [B, N]
+
+  void add_student(const at::Tensor& x, const Mask& mask) { add(x, mask, student, student_dimension); }
+  void add_teacher(const at::Tensor& y, const Mask& mask) { add(y, mask, teacher, teacher_dimension); }
   void add_gradient(const at::Tensor& grad_kl, int64_t rows) {
-    gradient = largest_magnitude(grad_kl).first * static_cast<double>(rows);
+    const double largest = largest_magnitude(grad_kl).first * static_cast<double>(rows);
+    gradient = std::min(largest, std::numeric_limits<double>::max());
   }
 
  private:
-  void add(const at::Tensor& tensor, double& magnitude, int64_t& dimension) {
-    const auto [largest, all_finite] = largest_magnitude(tensor);
+  void add(const at::Tensor& tensor, const Mask& mask, double& magnitude, int64_t& dimension) {
+    const at::Tensor real = mask ? tensor.masked_fill(mask->logical_not().unsqueeze(1).unsqueeze(-1), 0) : tensor;
+    const auto [largest, all_finite] = largest_magnitude(real);
     magnitude = std::max(magnitude, largest);
     dimension = tensor.size(-1);
     finite = finite && all_finite;
@@ -85,6 +91,7 @@ LogitForm choose(const InputSizes& sizes, double scale_student, double scale_tea
     }
   }
   form.compute = at::kDouble;
+  if (sizes.gradient > kGradientLimit) form.gradient_multiplier = std::exp2(-std::ceil(std::log2(sizes.gradient)));
   form.student_multiplier = overflow_multiplier(sizes.student, sizes.student_dimension);
   form.teacher_multiplier = overflow_multiplier(sizes.teacher, sizes.teacher_dimension);
   form.scale_student = scale_of_products(scale_student, form.student_multiplier);
@@ -96,18 +103,18 @@ LogitForm choose(const InputSizes& sizes, double scale_student, double scale_tea
 
 LogitForm choose_logit_form(const RelationArguments& arguments, const at::Tensor* grad_kl) {
   InputSizes sizes;
-  sizes.add_student(arguments.student);
-  sizes.add_teacher(arguments.teacher);
+  sizes.add_student(arguments.student, arguments.key_padding_mask);
+  sizes.add_teacher(arguments.teacher, arguments.key_padding_mask);
   if (grad_kl != nullptr) sizes.add_gradient(*grad_kl, arguments.student.size(2));
   return choose(sizes, arguments.scale_student, arguments.scale_teacher);
 }
 
 LogitForm choose_logit_form(const AttentionArguments& arguments, const at::Tensor* grad_kl) {
   InputSizes sizes;
-  sizes.add_student(arguments.query_student);
-  sizes.add_student(arguments.key_student);
-  sizes.add_teacher(arguments.query_teacher);
-  sizes.add_teacher(arguments.key_teacher);
+  sizes.add_student(arguments.query_student, arguments.query_padding_mask);
+  sizes.add_student(arguments.key_student, arguments.key_padding_mask);
+  sizes.add_teacher(arguments.query_teacher, arguments.query_padding_mask);
+  sizes.add_teacher(arguments.key_teacher, arguments.key_padding_mask);
   if (grad_kl != nullptr) {
     // A key collects the gradients of the queries of all heads that share it.
     const int64_t queries = arguments.query_student.size(1) * arguments.query_student.size(2);

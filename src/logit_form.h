@@ -22,7 +22,8 @@ struct LogitForm {
   double scale_student = 1;  ///< of the products of packed student rows
   double scale_teacher = 1;
   double student_ratio = 1;  ///< sqrt(scale_student / scale_teacher): brings x into the teacher's scale
-  bool finite = true;        ///< whether all inputs are
+  double gradient_multiplier = 1;  ///< power of two on the upstream gradient, against overflow of its products
+  bool finite = true;              ///< whether all inputs are
 
   /// Factor on H X of the packed student rows that makes it the gradient.
   double gradient_scale(double scale_of_student) const {

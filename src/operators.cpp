@@ -1,6 +1,8 @@
 #include "operators.h"
 
+#include <initializer_list>
 #include <string>
+#include <utility>
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
@@ -12,11 +14,20 @@ auto typed_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+/// The dispatcher cannot say more of an undefined tensor than that it has no device.
+void check_defined(const char* operator_name,
+                   std::initializer_list<std::pair<const char*, const at::Tensor*>> arguments) {
+  for (const auto& [name, tensor] : arguments) {
+    TORCH_CHECK(tensor->defined(), operator_name, ": ", name, " must be a tensor, got an undefined one");
+  }
+}
+
 }  // namespace
 
 ThreeTensors call_relation_kl_forward(const at::Tensor& student,
                                       const at::Tensor& teacher,
                                       const RelationOptions& o) {
+  check_defined("relation_kl_forward", {{"student", &student}, {"teacher", &teacher}});
   static const auto op = typed_operator<RelationForwardSignature>("linearard::relation_kl_forward");
   return op.call(student, teacher, o.key_padding_mask(), o.cu_seqlens(), o.scale_student(), o.scale_teacher(),
                  o.causal(), to_string(o.divergence()), o.beta(), o.deterministic(), o.lse_teacher());
@@ -35,6 +46,7 @@ at::Tensor call_relation_kl_backward(const at::Tensor& grad_kl,
 }
 
 at::Tensor call_relation_lse(const at::Tensor& x, const RelationOptions& o) {
+  check_defined("relation_lse", {{"x", &x}});
   static const auto op = typed_operator<RelationLseSignature>("linearard::relation_lse");
   return op.call(x, o.key_padding_mask(), o.cu_seqlens(), o.scale_teacher(), o.causal(), o.deterministic());
 }
@@ -44,6 +56,10 @@ ThreeTensors call_attention_kl_forward(const at::Tensor& query_student,
                                        const at::Tensor& query_teacher,
                                        const at::Tensor& key_teacher,
                                        const AttentionOptions& o) {
+  check_defined("attention_kl_forward", {{"query_student", &query_student},
+                                         {"key_student", &key_student},
+                                         {"query_teacher", &query_teacher},
+                                         {"key_teacher", &key_teacher}});
   static const auto op = typed_operator<AttentionForwardSignature>("linearard::attention_kl_forward");
   return op.call(query_student, key_student, query_teacher, key_teacher, o.query_padding_mask(), o.key_padding_mask(),
                  o.cu_seqlens(), o.cu_seqlens_key(), o.scale_student(), o.scale_teacher(), o.causal(),

@@ -1,5 +1,7 @@
 #include "reduction.h"
 
+#include "saturation.h"
+
 #include <ATen/TensorOperators.h>
 
 namespace linearard {
@@ -17,14 +19,17 @@ at::Tensor reduce_rows(const at::Tensor& kl,
   }
   const at::Tensor weighted = weight ? kl * weight->unsqueeze(1) : kl;
   if (reduction == Reduction::kNone) return weighted;
+  // In float64: rows saturate at the largest float32, their sum in float32 would not.
+  const auto result = [&](const at::Tensor& value) { return saturating_cast(value, kl.scalar_type()); };
   // An empty batch has no tokens to average over: 0, and gradient 0.
-  if (reduction == Reduction::kSum || kl.sym_numel() == 0) return weighted.sum();
-  if (!num_items && !weight && !row_mask) return weighted.mean();
+  if (reduction == Reduction::kSum || kl.sym_numel() == 0) return result(weighted.sum(at::kDouble));
+  if (!num_items && !weight && !row_mask) return result(weighted.mean(at::kDouble));
 
   const at::Tensor count = num_items ? num_items->reshape({}) : weight ? weight->sum() : row_mask->sum();
-  const at::Tensor sum = weighted.mean(1).sum();  // mean over heads
+  const at::Tensor sum = weighted.mean(1, false, at::kDouble).sum();  // mean over heads
   const at::Tensor divisor = count.to(sum.device(), sum.scalar_type());
-  return sum / divisor.masked_fill(divisor.eq(0), 1);
+  const at::Tensor empty = divisor.eq(0);
+  return result((sum / divisor.masked_fill(empty, 1)).masked_fill(empty, 0));
 }
 
 }  // namespace linearard

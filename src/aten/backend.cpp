@@ -61,6 +61,11 @@ RowValues statistics_of(const LogitForm& form,
   return {{}, heads_of(lse_student, rows).to(form.compute), heads_of(lse_teacher, rows).to(form.compute)};
 }
 
+/// The gradient out of the sum of H X of packed vectors.
+at::Tensor finished(const LogitForm& form, const at::Tensor& sum, double scale_student) {
+  return sum.mul(form.gradient_scale(scale_student)).div_(form.gradient_multiplier);
+}
+
 /// Each key head once for every query head that shares it.
 at::Tensor repeat_heads(const at::Tensor& keys, int64_t heads) {
   return keys.size(0) == heads ? keys : keys.repeat_interleave(heads / keys.size(0), 0);
@@ -125,7 +130,7 @@ struct AtenBackend {
           aten::divergence_backward(form, {arguments.divergence, arguments.beta}, vectors, vectors, visibility,
                                     statistics, heads_of(grad_kl.reshape(shape), rows).to(form.compute));
       write_heads(grad_student, rows,
-                  gradients.rows.add(gradients.keys).mul_(form.gradient_scale(arguments.scale_student)));
+                  finished(form, gradients.rows.add(gradients.keys), arguments.scale_student));
     }
     return grad_student.view(given.student.sizes());
   }
@@ -173,18 +178,17 @@ struct AtenBackend {
     const LogitForm form = choose_logit_form(arguments, &grad_kl);
     at::Tensor grad_query = at::zeros(arguments.query_student.sizes(), arguments.query_student.options());
     at::Tensor grad_key = at::zeros(arguments.key_student.sizes(), arguments.key_student.options());
-    const double scale = form.gradient_scale(arguments.scale_student);
     for_each_sequence(arguments, form, [&](const RowSet& queries, const RowSet& keys, const Vectors& query_vectors,
                                            const Vectors& key_vectors, const Visibility& visibility) {
       const RowValues statistics =
           statistics_of(form, lse_student, lse_teacher, queries, query_vectors, key_vectors, visibility);
-      Gradients gradients =
+      const Gradients gradients =
           aten::divergence_backward(form, {arguments.divergence, arguments.beta}, query_vectors, key_vectors,
                                     visibility, statistics, heads_of(grad_kl, queries).to(form.compute));
-      write_heads(grad_query, queries, gradients.rows.mul_(scale));
+      write_heads(grad_query, queries, finished(form, gradients.rows, arguments.scale_student));
       const at::Tensor shared =
-          gradients.keys.view({grad_key.size(1), -1, keys.length, grad_key.size(3)}).sum(1).mul_(scale);
-      write_heads(grad_key, keys, shared);
+          gradients.keys.view({grad_key.size(1), -1, keys.length, grad_key.size(3)}).sum(1);
+      write_heads(grad_key, keys, finished(form, shared, arguments.scale_student));
     });
     return {grad_query, grad_key};
   }

@@ -1,6 +1,7 @@
 #include "aten/divergence.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include <ATen/TensorOperators.h>
@@ -36,7 +37,7 @@ struct Block {
 at::Tensor scaled(at::Tensor product, double scale, const LogitForm& form) {
   product.mul_(scale);
   if (form.compute != at::kDouble) return product;
-  constexpr double kLogitLimit = 1e300;
+  constexpr double kLogitLimit = 1e150;  // as in the CPU kernels
   return form.finite ? product.clamp_(-kLogitLimit, kLogitLimit) : product;
 }
 
@@ -81,7 +82,7 @@ at::Tensor phi(const at::Tensor& x) { return at::expm1(x).sub_(x); }
 
 /// The larger of the two probabilities; log_teacher = log P, ratio = log(Q / P).
 at::Tensor larger_probability(const at::Tensor& log_teacher, const at::Tensor& ratio) {
-  return (log_teacher + ratio.clamp_min(0)).exp_();
+  return (log_teacher + ratio.clamp_min(0)).clamp_max_(0).exp_();
 }
 
 /// docs/mathematics.md, "Precision": phi with delta shifted by lse_student - lse_teacher, where E_T[expm1] is 0 but for
@@ -96,13 +97,15 @@ at::Tensor kl_of_rows(const at::Tensor& log_teacher, const at::Tensor& ratio) {
 }
 
 at::Tensor jsd_of_rows(const at::Tensor& log_teacher, const at::Tensor& ratio, double beta) {
-  const at::Tensor rho = -ratio.abs();
+  // Beyond -45 rho e^rho is below rounding; without the bound the two terms that remain would cancel.
+  const at::Tensor rho = ratio.abs().neg_().clamp_min_(-45);
   const at::Tensor expm1 = rho.expm1();
   const at::Tensor weight = at::where(ratio > 0, beta, 1 - beta).to(ratio.scalar_type());
   const at::Tensor v = weight * expm1;
   const at::Tensor first = weight * (rho * expm1 - (expm1 - rho));
   const at::Tensor second = (v + 1) * v.log1p() - v;
-  return (larger_probability(log_teacher, ratio) * (first - second)).sum(-1);
+  const double entropy = -beta * std::log(beta) - (1 - beta) * std::log1p(-beta);
+  return (larger_probability(log_teacher, ratio) * (first - second)).sum(-1).clamp_(0, entropy);
 }
 
 /// log(Q / M) of the mixture M = beta P + (1 - beta) Q.
@@ -116,7 +119,7 @@ at::Tensor logit_gradient(const DivergenceOptions& options, const at::Tensor& lo
   if (options.divergence == Divergence::kForwardKL) {
     return larger_probability(log_teacher, ratio) * (-ratio.abs()).expm1() * ratio.sign().neg_();
   }
-  const at::Tensor student = (log_teacher + ratio).exp();
+  const at::Tensor student = (log_teacher + ratio).clamp_max_(0).exp_();
   const bool jsd = options.divergence == Divergence::kJSD;
   const at::Tensor value = jsd ? log_student_to_mixture(ratio, options.beta) : ratio;
   // Invisible keys have Q = 0 and a finite value.
@@ -124,9 +127,11 @@ at::Tensor logit_gradient(const DivergenceOptions& options, const at::Tensor& lo
   return student * (value - mean) * (jsd ? 1 - options.beta : 1.0);
 }
 
-/// Rows that see no key have no distribution: their statistics are 0.
-at::Tensor zero_where_blind(const at::Tensor& values, const at::Tensor& invisible) {
-  return invisible.defined() ? values.masked_fill(invisible.all(-1), 0) : values;
+/// Rows that see fewer than `least` keys of a block: without a key there is no distribution (statistics are 0), with one
+/// key no divergence (and no gradient).
+at::Tensor zero_below(int64_t least, const at::Tensor& values, const Visibility& visibility, int64_t begin, int64_t keys) {
+  if (!visibility.visible.defined()) return keys < least ? at::zeros_like(values) : values;
+  return values.masked_fill(visibility.visible.narrow(0, begin, values.size(1)).lt(least), 0);
 }
 
 }  // namespace
@@ -165,9 +170,10 @@ RowValues divergence_forward(const LogitForm& form,
     const at::Tensor ratio = block.delta - (student - teacher).unsqueeze(-1);
     const at::Tensor value = options.divergence == Divergence::kJSD ? jsd_of_rows(log_teacher, ratio, options.beta)
                                                                     : kl_of_rows(log_teacher, ratio);
-    kl.push_back(zero_where_blind(value, block.invisible));
-    lse_student.push_back(zero_where_blind(student, block.invisible));
-    lse_teacher.push_back(zero_where_blind(teacher, block.invisible));
+    const int64_t key_count = keys.student.size(1);
+    kl.push_back(zero_below(2, value, visibility, begin, key_count));
+    lse_student.push_back(zero_below(1, student, visibility, begin, key_count));
+    lse_teacher.push_back(zero_below(1, teacher, visibility, begin, key_count));
   }
   return {at::cat(kl, 1), at::cat(lse_student, 1), at::cat(lse_teacher, 1)};
 }
@@ -198,7 +204,8 @@ Gradients divergence_backward(const LogitForm& form,
       diagonal.zero_();
       diagonal.copy_(gradient.sum(-1).neg_());
     }
-    gradient.mul_(weight.narrow(1, begin, count).unsqueeze(-1));
+    const at::Tensor block_weight = weight.narrow(1, begin, count) * form.gradient_multiplier;
+    gradient.mul_(zero_below(2, block_weight, visibility, begin, keys.student.size(1)).unsqueeze(-1));
     gradients.rows.narrow(1, begin, count).baddbmm_(gradient, key_vectors);
     gradients.keys.baddbmm_(gradient.mT(), row_vectors.narrow(1, begin, count));
   }

@@ -24,7 +24,7 @@ void forward_groups(const AttentionCall& call,
       attention_expectation<Real>(call, Expectation::kJsdValue, group, packed, buffers, vectors);
       for (size_t head = 0; head < results.size(); ++head) {
         for (size_t i = 0; i < results[head].size(); ++i) {
-          results[head][i].kl = static_cast<double>(vectors[head].sum[i]);
+          results[head][i].kl = bounded_jsd(static_cast<double>(vectors[head].sum[i]), call.arguments.beta);
         }
       }
     }
@@ -90,7 +90,13 @@ std::vector<RowVectors<Real>> load_vectors(const AttentionCall& call,
     }
   }
   for (int64_t head = 0; head < group.heads; ++head) {
-    load_rows(call.query_rows(grad_kl, group, head), queries, vectors[head].weight);
+    std::vector<Real>& weight = vectors[head].weight;
+    load_rows(call.query_rows(grad_kl, group, head), queries, weight);
+    for (int64_t i = 0; i < queries.length; ++i) {
+      // A query that sees one key has no divergence and, exactly, no gradient.
+      if (group.sequence->visible[i] == 1) weight[i] = 0;
+    }
+    vectors[head].scale_weight(call.form.gradient_multiplier);
   }
   if (call.arguments.divergence == Divergence::kForwardKL) return vectors;
   attention_expectation<Real>(call, mean_kind(call.arguments.divergence), group, packed, buffers, vectors);
@@ -156,10 +162,10 @@ void backward_groups(const AttentionCall& call,
     accumulate_gradients<Real>(call, group, packed, buffers, vectors, grad_queries, grad_keys);
     for (int64_t head = 0; head < group.heads; ++head) {
       put_rows(call.query_rows(grad_query, group, head), queries,
-               saturating_cast(grad_queries[head].whole.mul_(scale), grad_query.scalar_type()));
+               saturating_cast(grad_queries[head].whole.mul_(scale).div_(call.form.gradient_multiplier), grad_query.scalar_type()));
     }
     put_rows(grad_key.select(0, keys.batch).select(0, group.key_head), keys,
-             saturating_cast(grad_keys.whole.mul_(scale), grad_key.scalar_type()));
+             saturating_cast(grad_keys.whole.mul_(scale).div_(call.form.gradient_multiplier), grad_key.scalar_type()));
   }
 }
 

@@ -34,6 +34,7 @@ std::vector<RowVectors<Real>> load_vectors(const RelationCall& call,
       for (size_t row = 0; row < rows.lse_difference.size(); ++row) rows.lse_difference[row] -= rows.lse_teacher[row];
     }
     load_rows(call.head_of(grad_kl, problem), *problem.rows, vectors[i].weight);
+    vectors[i].scale_weight(call.form.gradient_multiplier);
   }
   if (call.arguments.divergence == Divergence::kForwardKL) return vectors;
   group_expectation<Real>(call, mean_kind(call.arguments.divergence), operands, buffers, vectors);
@@ -99,7 +100,7 @@ void backward_groups(const RelationCall& call,
     for (size_t i = 0; i < gradients.size(); ++i) {
       const at::Tensor& gradient = gradients[i].whole;
       add_diagonal<Real>(gradient, operands[i].student.whole, vectors[i]);
-      gradient.mul_(scale);
+      gradient.mul_(scale).div_(call.form.gradient_multiplier);
       const Problem& problem = call.problems[begin + i];
       put_rows(call.head_of(grad_student, problem), *problem.rows,
                saturating_cast(gradient, grad_student.scalar_type()));

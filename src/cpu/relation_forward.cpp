@@ -19,7 +19,9 @@ void replace_by_jsd(const RelationCall& call,
   std::vector<RowVectors<Real>> vectors = vectors_of<Real>(results);
   group_expectation<Real>(call, Expectation::kJsdValue, operands, buffers, vectors);
   for (size_t p = 0; p < results.size(); ++p) {
-    for (size_t i = 0; i < results[p].size(); ++i) results[p][i].kl = static_cast<double>(vectors[p].sum[i]);
+    for (size_t i = 0; i < results[p].size(); ++i) {
+      results[p][i].kl = bounded_jsd(static_cast<double>(vectors[p].sum[i]), call.arguments.beta);
+    }
   }
 }
 

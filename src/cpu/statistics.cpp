@@ -26,13 +26,17 @@ RowResult finish_row(const RowStatistics& row) {
   const double difference = row.shift + std::log1p(a);
   // The two disagree where the student has mass that the teacher's weights cannot represent, or phi was clamped.
   const double tolerance = 1e-3 + 1e-6 * (std::abs(lse_student) + std::abs(lse_teacher));
-  if (!(a > -1) || !(std::abs(difference - direct_difference) <= tolerance)) {
-    // A divergence is not negative; here the rounding of large logits can say otherwise. NaN stays.
-    const double kl = direct_difference - row.shift - mean_delta;
-    return {kl < 0 ? 0 : kl, lse_teacher, lse_student, direct_difference};
+  if (std::abs(a) < 0.5 && std::abs(difference - direct_difference) <= tolerance) {
+    return {mean_phi - (a - std::log1p(a)), lse_teacher, lse_teacher + difference, difference};
   }
-  const double kl = std::abs(a) < 0.5 ? mean_phi - (a - std::log1p(a)) : std::log1p(a) - mean_delta;
-  return {kl, lse_teacher, lse_teacher + difference, difference};
+  // A divergence is not negative; the rounding of large logits can say otherwise. NaN stays.
+  const double kl = direct_difference - row.shift - mean_delta;
+  return {kl < 0 ? 0 : kl, lse_teacher, lse_student, direct_difference};
+}
+
+double bounded_jsd(double value, double beta) {
+  const double entropy = -beta * std::log(beta) - (1 - beta) * std::log1p(-beta);
+  return value < 0 ? 0 : value > entropy ? entropy : value;
 }
 
 namespace {
@@ -53,6 +57,12 @@ template <typename Real>
 RowReference<Real> RowVectors<Real>::reference(int64_t row, bool with_gradient) {
   return {lse_teacher.data() + row, lse_difference.data() + row, with_gradient ? weight.data() + row : nullptr,
           with_gradient ? mean.data() + row : nullptr, sum.data() + row};
+}
+
+template <typename Real>
+void RowVectors<Real>::scale_weight(double factor) {
+  if (factor == 1) return;
+  for (Real& value : weight) value *= static_cast<Real>(factor);
 }
 
 template <typename Real>

@@ -23,6 +23,9 @@ struct RowResult {
   double lse_difference;  ///< lse_student - lse_teacher, to the precision of a small difference
 };
 
+/// A Jensen-Shannon divergence lies in [0, entropy of beta]; the rounding of huge logits can say otherwise. NaN stays.
+double bounded_jsd(double value, double beta);
+
 /// docs/mathematics.md, "Precision": the sum of phi where a = expm1(lse_difference - shift) is small, the direct sum
 /// elsewhere. A row without keys gives zeros.
 RowResult finish_row(const RowStatistics& row);
@@ -37,6 +40,7 @@ struct RowVectors {
   std::vector<Real> sum;
 
   explicit RowVectors(int64_t rows);
+  void scale_weight(double factor);
   /// After an expectation for the gradient: `sum` becomes `mean`; a constant factor of the gradient goes to `weight`.
   void sums_become_means(Divergence divergence, double beta);
   /// References that start at a row. Weight and mean are null unless `with_gradient`.

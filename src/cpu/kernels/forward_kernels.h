@@ -10,8 +10,9 @@
 
 namespace linearard::cpu::LINEARARD_ISA {
 
-/// Logits beyond this are cut, in double only: float tiles are never given inputs that reach it (see operand.cpp).
-inline constexpr double kLogitLimit = 1e300;
+/// Logits beyond this are cut, in double only: float tiles are never given inputs that reach it (logit_form.cpp). Its
+/// square is finite, so that no product of two logits, or of a logit and a gradient, overflows.
+inline constexpr double kLogitLimit = 1e150;
 
 template <typename Real>
 LINEARARD_INLINE Vector<Real> scaled(Vector<Real> product, Real scale) {
@@ -159,7 +160,9 @@ void accumulate_rows(const Tile<Real>& tile, RowStatistics* rows) {
     const Real max_student = maximum_of_lanes<Real>(student_maxima);
     if (!row.started) {
       // Rounded to Real here, because that is what the inner loop subtracts.
-      row.shift = static_cast<Real>(first_shift<Real>(t, delta, count, max_teacher, max_student));
+      // A row with one key has no divergence: with its delta as the shift that is exact.
+      row.shift = count == 1 ? delta[0]
+                             : static_cast<Real>(first_shift<Real>(t, delta, count, max_teacher, max_student));
       row.started = true;
     }
 

@@ -21,9 +21,20 @@ LINEARARD_INLINE Vector<Real> absolute(Vector<Real> x) {
   return x < Real(0) ? -x : x;
 }
 
+/// A probability out of its logarithm, which the rounding of huge logits can make positive.
+template <typename Real>
+LINEARARD_INLINE Vector<Real> probability(Vector<Real> logarithm) {
+  return exponential<Real>(logarithm > Real(0) ? Vector<Real>{} : logarithm);
+}
+
 template <typename Real>
 LINEARARD_INLINE Vector<Real> larger_probability(const Entry<Real>& entry) {
-  return exponential<Real>(entry.log_teacher + (entry.ratio > Real(0) ? entry.ratio : Vector<Real>{}));
+  return probability<Real>(entry.log_teacher + (entry.ratio > Real(0) ? entry.ratio : Vector<Real>{}));
+}
+
+template <typename Real>
+LINEARARD_INLINE Vector<Real> student_probability(const Entry<Real>& entry) {
+  return probability<Real>(entry.log_teacher + entry.ratio);
 }
 
 /// log(Q / M) of the mixture M = beta P + (1 - beta) Q.
@@ -41,7 +52,10 @@ LINEARARD_INLINE Vector<Real> log_student_to_mixture(Vector<Real> ratio, Real be
 /// h(v) = (1 + v) log1p(v) - v: both terms are of second order in rho.
 template <typename Real>
 LINEARARD_INLINE Vector<Real> jsd_value(const Entry<Real>& entry, Real beta) {
-  const Vector<Real> rho = -absolute<Real>(entry.ratio);
+  const Vector<Real> unbounded = -absolute<Real>(entry.ratio);
+  // Beyond this rho e^rho is below rounding; without the bound the two terms that remain would cancel.
+  constexpr Real kBound = sizeof(Real) == sizeof(float) ? -25 : -45;
+  const Vector<Real> rho = unbounded < kBound ? broadcast(kBound) : unbounded;
   const Vector<Real> weight = entry.ratio > Real(0) ? broadcast(beta) : broadcast(Real(1) - beta);
   const ExpFamily<Real> family = exponential_family<Real>(rho);
   const Vector<Real> first = weight * (rho * family.expm1 - family.phi);
@@ -51,7 +65,7 @@ LINEARARD_INLINE Vector<Real> jsd_value(const Entry<Real>& entry, Real beta) {
 template <typename Real, Expectation kExpectation>
 LINEARARD_INLINE Vector<Real> expectation_term(const Entry<Real>& entry, Real beta) {
   if constexpr (kExpectation == Expectation::kJsdValue) return jsd_value<Real>(entry, beta);
-  const Vector<Real> student = exponential<Real>(entry.log_teacher + entry.ratio);
+  const Vector<Real> student = student_probability<Real>(entry);
   if constexpr (kExpectation == Expectation::kReverseMean) return student * entry.ratio;
   return student * log_student_to_mixture<Real>(entry.ratio, beta);
 }
@@ -64,7 +78,7 @@ LINEARARD_INLINE Vector<Real> gradient_term(const Entry<Real>& entry, Vector<Rea
         larger_probability<Real>(entry) * exponential_family<Real>(-absolute<Real>(entry.ratio)).expm1;
     return entry.ratio > Real(0) ? -magnitude : magnitude;
   } else {
-    const Vector<Real> student = exponential<Real>(entry.log_teacher + entry.ratio);
+    const Vector<Real> student = student_probability<Real>(entry);
     if constexpr (kGradient == Gradient::kReverseKL) return student * (entry.ratio - mean);
     return student * (log_student_to_mixture<Real>(entry.ratio, beta) - mean);
   }
