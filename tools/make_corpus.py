@@ -27,20 +27,24 @@ HELD_OUT_CHARACTERS = 16_000
 LAST_WORD_EXAMPLES = 400
 PASSAGE_CHARACTERS = (180, 360)
 # Lines of the transcription, not of the book.
-TRANSCRIPTION = re.compile(r"gutenberg|transcriber|proofread|e-?text|\[illustration|\[sidenote|^\s*\[?footnote|pgdp", re.I)
+TRANSCRIPTION = re.compile(
+    r"gutenberg|transcriber|proofread|e-?text|\[illustration|\[sidenote|^\s*\[?footnote|pgdp", re.I
+)
 WORD = re.compile(r"[A-Za-z]+")
 # Words that end many sentences whatever came before: guessing them shows no use of the context.
 COMMON = frozenset(
-    "about above after again against almost along also always another anything around back because been before being "
-    "below better between both came cannot come could days does done down during each else enough even ever every "
-    "everything face find first from gave give going good great half hand hands have having head heart here herself "
-    "himself home however house indeed into itself just knew know known last least left less life like little long "
-    "look made make many matter mean might mind more most much must myself near never next night nothing once only "
-    "other others ours over part people place quite rather right round said same seem seemed shall should side since "
-    "some something soon still such sure take than that their theirs them themselves then there these they thing "
-    "things think this those though thought through thus time together told took turn under until upon very want way "
-    "well went were what when where which while whole will with without word words work world would year years your "
-    "yours yourself".split()
+    """
+    about above after again against almost along also always another anything around back because been before being
+    below better between both came cannot come could days does done down during each else enough even ever every
+    everything face find first from gave give going good great half hand hands have having head heart here herself
+    himself home however house indeed into itself just knew know known last least left less life like little long
+    look made make many matter mean might mind more most much must myself near never next night nothing once only
+    other others ours over part people place quite rather right round said same seem seemed shall should side since
+    some something soon still such sure take than that their theirs them themselves then there these they thing
+    things think this those though thought through thus time together told took turn under until upon very want way
+    well went were what when where which while whole will with without word words work world would year years your
+    yours yourself
+    """.split()  # noqa: SIM905
 )
 
 

@@ -93,7 +93,8 @@ def capturing(layers: frozenset[int] | None = None) -> Iterator[Capture]:
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside `model`, which may be wrapped by peft."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    get_base_model: Any = getattr(model, "get_base_model", None)  # peft's
+    base = get_base_model() if get_base_model else model
     if not isinstance(base, PreTrainedModel):
         raise UserError(f"{type(base).__name__} is not a transformers model")
     return base
@@ -102,7 +103,8 @@ def transformers_model(model: nn.Module) -> PreTrainedModel:
 def decoder_of(model: nn.Module) -> nn.Module:
     """The model without its language-model head, for passes that need no logits."""
     base = transformers_model(model)
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    get_decoder: Any = getattr(base, "get_decoder", None)
+    decoder = get_decoder() if get_decoder else None
     return decoder if isinstance(decoder, nn.Module) else base.base_model
 
 

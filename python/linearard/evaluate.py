@@ -8,7 +8,14 @@ from linearard.capture import capture_states, enable_capture
 from linearard.config import EvaluateConfig
 from linearard.display import Display
 from linearard.errors import UserError
-from linearard.evaluation import Evaluation, EvaluationData, States, check_same_tokens, evaluate_model, evaluation_batches
+from linearard.evaluation import (
+    Evaluation,
+    EvaluationData,
+    States,
+    check_same_tokens,
+    evaluate_model,
+    evaluation_batches,
+)
 from linearard.models import check_tokenizer, load_model, load_tokenizer
 
 

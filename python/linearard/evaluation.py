@@ -30,9 +30,7 @@ class EvaluationData:
     @classmethod
     def load(cls, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> "EvaluationData":
         """Read and tokenise what `config` names; raises UserError for missing or too short files."""
-        windows = evaluation_windows(
-            config.heldout_files, tokenizer, config.heldout_length, config.heldout_windows
-        )
+        windows = evaluation_windows(config.heldout_files, tokenizer, config.heldout_length, config.heldout_windows)
         examples = last_word_examples(config.last_word_file, config.last_word_number)
         return cls(windows, examples, config.relation_windows, config.evaluation_batch)
 

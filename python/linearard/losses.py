@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ class ARDLoss:
         num_items: Tensor | None = None,
     ) -> dict[str, list[Tensor]]:
         """The unweighted divergence of each relation, one scalar per layer in the order of their indices."""
-        options = {
+        options: dict[str, Any] = {
             "key_padding_mask": key_padding_mask,
             "cu_seqlens": cu_seqlens,
             "num_items": num_items,

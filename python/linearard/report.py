@@ -34,8 +34,8 @@ def results_table(result: Restoration, config: ARDConfig) -> Table:
             f"{result.trained_parameters / 1e6:.1f}M trained weights, peak memory {result.peak_memory / 2**30:.1f} GiB"
         ),
     )
-    table.add_column("")
-    for name in ("teacher", "scaled", "restored", "damage undone"):
+    table.add_column("", no_wrap=True)
+    for name in ("teacher", "scaled", "restored", "undone"):
         table.add_column(name, justify="right")
     models = (result.teacher, result.scaled, result.restored)
     table.add_row("perplexity, held-out text", *(f"{model.perplexity:.1f}" for model in models), _share(result.undone))
@@ -54,7 +54,7 @@ def results_table(result: Restoration, config: ARDConfig) -> Table:
 def evaluation_table(name: str, evaluation: Evaluation) -> Table:
     """The measurements of one model."""
     table = Table(title=name)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     table.add_column("value", justify="right")
     table.add_row("perplexity, held-out text", f"{evaluation.perplexity:.2f}")
     table.add_row("last-word perplexity", f"{evaluation.last_word_perplexity:.2f}")

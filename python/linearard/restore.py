@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, default_data_collator
+from transformers.integrations import get_reporting_integration_callbacks, is_tensorboard_available
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.integrations import is_tensorboard_available
 
 from linearard.capture import disable_capture
 from linearard.config import DTYPES, ARDConfig, save_config
@@ -64,17 +64,19 @@ def restore(config: ARDConfig, display: Display) -> Restoration | None:
     """
     clock = Clock()
     output = Path(str(config.output_dir))
-    checkpoint = prepare_output(config, output)
+    checkpoint = check_output(config, output)
     with clock.measure("load"):
         display.say(f"Loading {config.model}")
         tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-        model = load_model(
-            config.model, dtype=DTYPES[config.model_dtype], trust_remote_code=config.trust_remote_code
-        )
+        model = load_model(config.model, dtype=DTYPES[config.model_dtype], trust_remote_code=config.trust_remote_code)
         check_tokenizer(tokenizer, model)
         data = EvaluationData.load(config, tokenizer)
         blocks = load_blocks(config, tokenizer)
-        trainer = ARDTrainer(model, config, train_dataset=blocks, processing_class=tokenizer)
+        trainer = ARDTrainer(
+            model, config, train_dataset=blocks, processing_class=tokenizer, data_collator=default_data_collator
+        )
+    if trainer.is_world_process_zero() and checkpoint is None:
+        prepare_output(config, output)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     reports = trainer.is_world_process_zero()
@@ -122,33 +124,39 @@ def evaluate_stage(
         return evaluate_model(trainer.model, tokenizer, data, trainer.teacher.states, bar.advance)
 
 
-def prepare_output(config: ARDConfig, output: Path) -> str | None:
-    """Make the output directory, or refuse it; returns the checkpoint to resume from, if any.
-
-    Only the results of an earlier run are ever removed, and only with `overwrite`.
-    """
+def check_output(config: ARDConfig, output: Path) -> str | None:
+    """Refuse an output directory that cannot be used; returns the checkpoint to resume from, if any."""
+    try:
+        get_reporting_integration_callbacks(config.report_to)
+    except ValueError as error:
+        raise UserError(f"report_to: {error}") from error
     if config.report_to == ["tensorboard"] and not is_tensorboard_available():
         raise UserError("tensorboard is not installed: pip install tensorboard, or set report_to to none")
     if output.exists() and not output.is_dir():
         raise UserError(f"the output directory {str(output)!r} is a file")
     if config.resume_from_checkpoint:
         return find_checkpoint(config.resume_from_checkpoint, output)
-    if config.process_index != 0:
-        return None
-    if output.is_dir() and any(output.iterdir()):
-        if not config.overwrite or not (output / RUN_FILE).is_file():
-            raise UserError(
-                f"the output directory {str(output)!r} is not empty: choose another, resume with "
-                "--resume_from_checkpoint last, or replace an earlier run with --overwrite true"
-            )
-        for path in [*checkpoints(output), *(output / name for name in RESULTS)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    replaceable = config.overwrite and (output / RUN_FILE).is_file()
+    if output.is_dir() and any(output.iterdir()) and not replaceable:
+        raise UserError(
+            f"the output directory {str(output)!r} is not empty: choose another, resume with "
+            "--resume_from_checkpoint last, or replace an earlier run with --overwrite true"
+        )
+    return None
+
+
+def prepare_output(config: ARDConfig, output: Path) -> None:
+    """Make the output directory, without the results of an earlier run, and write the settings into it.
+
+    Nothing but such results is ever removed.
+    """
     try:
         output.mkdir(parents=True, exist_ok=True)
+        for path in [*checkpoints(output), *(output / name for name in RESULTS)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        save_config(config, output / RUN_FILE)
     except OSError as error:
-        raise UserError(f"cannot make the output directory {str(output)!r}: {error.strerror}") from error
-    save_config(config, output / RUN_FILE)
-    return None
+        raise UserError(f"cannot write into the output directory {str(output)!r}: {error.strerror}") from error
 
 
 def find_checkpoint(name: str, output: Path) -> str:

@@ -207,7 +207,7 @@ def _buffer(module: nn.Module) -> torch.Tensor:
 def _rebuilt(module: nn.Module, config: PretrainedConfig) -> nn.Module:
     """A new rotary module of the same class, float32, on the same device."""
     with torch.device("cpu"):
-        rebuilt: nn.Module = type(module)(config=config)  # type: ignore[call-arg]
+        rebuilt: nn.Module = type(module)(config=config)
     return rebuilt.to(_buffer(module).device)
 
 

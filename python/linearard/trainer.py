@@ -181,7 +181,9 @@ class ARDTrainer(Trainer):
 
 def checkpoints(run_directory: str | Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [path for path in Path(run_directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    found = [
+        path for path in Path(run_directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()
+    ]
     return sorted(found, key=lambda path: int(path.name.split("-")[-1]))
 
 
@@ -224,7 +226,9 @@ def _check_trainable(model: nn.Module, names: list[str]) -> None:
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name in names:
         if not any(path == name or path.endswith(f".{name}") for path, _ in model.named_modules()):
-            raise UserError(f"the model has no module {name!r} to train; its linear layers: {', '.join(sorted(linear))}")
+            raise UserError(
+                f"the model has no module {name!r} to train; its linear layers: {', '.join(sorted(linear))}"
+            )
 
 
 def _train_only_what_gets_gradients(model: nn.Module, layers: frozenset[int], loss: ARDLoss) -> None:

@@ -76,7 +76,9 @@ def test_gradient_checkpointing_gives_the_same_states_and_gradients() -> None:
             model(ids, use_cache=False)
             first = {index: states.query for index, states in capture.states.items()}
             # Backward inside the block: the recomputation passes through the attention function again.
-            sum(states.query.square().sum() + states.value.square().sum() for states in capture.states.values()).backward()
+            sum(
+                states.query.square().sum() + states.value.square().sum() for states in capture.states.values()
+            ).backward()
         assert all(capture.states[index].query is query for index, query in first.items())
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()

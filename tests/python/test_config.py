@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+
 from linearard.config import ARDConfig, chosen_settings, make_config, recipes, save_config
 from linearard.errors import UserError
 

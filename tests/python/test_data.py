@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import make_tokenizer, sample_text, write_text
+
 from linearard.data import (
     HELD_OUT_CORPUS,
     LAST_WORDS,
@@ -19,7 +21,6 @@ from linearard.data import (
     training_blocks,
 )
 from linearard.errors import UserError
-from tiny_models import make_tokenizer, sample_text, write_text
 
 
 def test_blocks_are_the_text_with_bos_in_front() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from linearard.capture import LayerStates
 from linearard.errors import UserError
 from linearard.losses import RELATIONS, ARDLoss, parse_relations, sequence_boundaries
-from torch import Tensor
 
 SHAPE = {"query": (2, 4, 7, 8), "key": (2, 2, 7, 8), "value": (2, 2, 7, 8)}
 ALL = dict.fromkeys(RELATIONS, 1.0)
@@ -149,7 +150,9 @@ def test_relations_with_weights() -> None:
     assert parse_relations(["query", "attention:0.5"]) == {"query": 1.0, "attention": 0.5}
 
 
-@pytest.mark.parametrize("items", [["querry"], ["query:0"], ["query:-1"], ["query:x"], ["query:inf"], ["query", "query"], []])
+@pytest.mark.parametrize(
+    "items", [["querry"], ["query:0"], ["query:-1"], ["query:x"], ["query:inf"], ["query", "query"], []]
+)
 def test_bad_relations(items: list[str]) -> None:
     with pytest.raises(UserError, match="relation"):
         parse_relations(items)

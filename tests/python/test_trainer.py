@@ -15,14 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import make_llama, random_ids
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
 from linearard.capture import capture_states, enable_capture
 from linearard.config import ARDConfig
 from linearard.data import Blocks
 from linearard.errors import UserError
 from linearard.rope import RopeScaling, scale_rope
 from linearard.trainer import ARDTrainer, checkpoints, merged
-from tiny_models import make_llama, random_ids
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 WORKER = Path(__file__).with_name("training_worker.py")
 
@@ -68,7 +69,9 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
     assert first.keys() == second.keys()
     assert first
     for name, gradient in first.items():
-        torch.testing.assert_close(second[name], gradient, rtol=1e-4, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            second[name], gradient, rtol=1e-4, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -126,7 +129,11 @@ def test_only_parameters_with_gradients_are_trained(tmp_path: Path) -> None:
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert "model.layers.1.mlp.up_proj.weight" in trained
     assert "model.layers.2.self_attn.v_proj.weight" in trained
-    assert not trained & {"model.layers.2.mlp.up_proj.weight", "model.layers.2.self_attn.o_proj.weight", "model.norm.weight"}
+    assert not trained & {
+        "model.layers.2.mlp.up_proj.weight",
+        "model.layers.2.self_attn.o_proj.weight",
+        "model.norm.weight",
+    }
     found = gradients(trainer, [{"input_ids": random_ids(2, 24)}])
     assert found.keys() == trained
 
@@ -137,7 +144,9 @@ def test_accumulation_equals_the_big_batch(tmp_path: Path) -> None:
     mask[1, 10:] = 0  # the micro-batches differ in tokens
     mask[3, 20:] = 0
     whole = gradients(make_trainer(tmp_path), [{"input_ids": ids, "attention_mask": mask}])
-    pieces = [{"input_ids": ids[rows], "attention_mask": mask[rows]} for rows in (slice(0, 1), slice(1, 2), slice(2, 4))]
+    pieces = [
+        {"input_ids": ids[rows], "attention_mask": mask[rows]} for rows in (slice(0, 1), slice(1, 2), slice(2, 4))
+    ]
     assert_same(whole, gradients(make_trainer(tmp_path, gradient_accumulation_steps=3), pieces))
 
 

@@ -1,7 +1,7 @@
 """Run by test_trainer.py in processes of its own: a training that can be killed, and the gradients of one step.
 
-    training_worker.py train DIRECTORY [--resume] [--slow]
-    training_worker.py gradients FILE
+training_worker.py train DIRECTORY [--resume] [--slow]
+training_worker.py gradients FILE
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from linearard.config import ARDConfig
-from linearard.trainer import ARDTrainer, checkpoints
 from tiny_models import make_llama, random_ids
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
+
+from linearard.config import ARDConfig
+from linearard.trainer import ARDTrainer, checkpoints
 
 
 class PaddedRows(Dataset[dict[str, Tensor]]):

