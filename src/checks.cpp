@@ -83,6 +83,8 @@ void check_boundaries(const char* op,
               " must be int32 or int64, got ", cu_seqlens->scalar_type());
   TORCH_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->sym_size(0) >= 1, op, ": ", argument,
               " must have shape [number of sequences + 1], got ", cu_seqlens->sym_sizes());
+  TORCH_CHECK(cu_seqlens->device() == x.device(), op, ": ", argument, " must be on the device of the inputs (",
+              x.device(), "), got ", cu_seqlens->device());
   TORCH_CHECK(x.sym_size(0) == 1, op, ": ", argument,
               " packs sequences into one batch entry and needs B = 1, got B = ", x.sym_size(0));
 }

@@ -176,6 +176,7 @@ struct AtenBackend {
                                        const AttentionArguments& arguments) {
     const KernelScope scope;
     const LogitForm form = choose_logit_form(arguments, &grad_kl);
+    const int64_t query_heads = arguments.query_student.size(1);
     at::Tensor grad_query = at::zeros(arguments.query_student.sizes(), arguments.query_student.options());
     at::Tensor grad_key = at::zeros(arguments.key_student.sizes(), arguments.key_student.options());
     for_each_sequence(arguments, form, [&](const RowSet& queries, const RowSet& keys, const Vectors& query_vectors,
@@ -187,7 +188,7 @@ struct AtenBackend {
                                     visibility, statistics, heads_of(grad_kl, queries).to(form.compute));
       write_heads(grad_query, queries, finished(form, gradients.rows, arguments.scale_student));
       const at::Tensor shared =
-          gradients.keys.view({grad_key.size(1), -1, keys.length, grad_key.size(3)}).sum(1);
+          gradients.keys.unflatten(0, {grad_key.size(1), query_heads / grad_key.size(1)}).sum(1);
       write_heads(grad_key, keys, finished(form, shared, arguments.scale_student));
     });
     return {grad_query, grad_key};
@@ -204,7 +205,7 @@ struct AtenBackend {
     for (size_t i = 0; i < query_sets.size(); ++i) {
       const RowSet& queries = query_sets[i];
       const RowSet& keys = key_sets[i];
-      if (queries.length == 0 || keys.length == 0) continue;
+      if (queries.length == 0 || keys.length == 0 || query.size(1) == 0) continue;
       visit(queries, keys, Vectors(heads_of(query, queries), heads_of(arguments.query_teacher, queries), form),
             Vectors(repeat_heads(heads_of(arguments.key_student, keys), query.size(1)),
                     repeat_heads(heads_of(arguments.key_teacher, keys), query.size(1)), form),

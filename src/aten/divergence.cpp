@@ -10,6 +10,7 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/expm1.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/nan_to_num.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
@@ -17,7 +18,7 @@
 namespace linearard::aten {
 namespace {
 
-constexpr double kExpOverflow = 80;  // phi is cut there; such rows take the direct sum
+constexpr double kLargeRatio = 20;  // beyond it P phi(r) and P expm1(r) are Q to the last bit of float
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 /// Rows of a block, so that one matrix of its logits has at most 2^24 elements.
@@ -77,30 +78,39 @@ Block logits_of_block(const LogitForm& form,
   return block;
 }
 
-/// expm1(x) - x, x <= kExpOverflow.
-at::Tensor phi(const at::Tensor& x) { return at::expm1(x).sub_(x); }
-
 /// The larger of the two probabilities; log_teacher = log P, ratio = log(Q / P).
 at::Tensor larger_probability(const at::Tensor& log_teacher, const at::Tensor& ratio) {
   return (log_teacher + ratio.clamp_min(0)).clamp_max_(0).exp_();
 }
 
-/// docs/mathematics.md, "Precision": phi with delta shifted by lse_student - lse_teacher, where E_T[expm1] is 0 but for
-/// rounding; the direct sum where the teacher's weights cannot represent the student's mass.
+at::Tensor student_probability(const at::Tensor& log_teacher, const at::Tensor& ratio) {
+  return (log_teacher + ratio).clamp_max_(0).exp_();
+}
+
+/// docs/mathematics.md, "Precision": the sum of P phi(r), phi(r) = expm1(r) - r, with r shifted by lse_student -
+/// lse_teacher, so that a = E_T[expm1(r)] is 0 but for rounding; the direct sum where the logits are too large for that.
 at::Tensor kl_of_rows(const at::Tensor& log_teacher, const at::Tensor& ratio) {
   const at::Tensor teacher = log_teacher.exp();
-  const at::Tensor cut = ratio.clamp_max(kExpOverflow);
-  const at::Tensor a = (teacher * at::expm1(cut)).sum(-1);
-  const at::Tensor stable = (teacher * phi(cut)).sum(-1) - (a - a.log1p());
+  const at::Tensor expm1 = at::expm1(ratio.clamp_max(kLargeRatio));
+  // Where the student has mass but the teacher's probability underflows.
+  const at::Tensor large = ratio > kLargeRatio;
+  const at::Tensor student = student_probability(log_teacher, ratio);
+  const at::Tensor a = at::where(large, student, teacher * expm1).sum(-1);
+  const at::Tensor phi = at::where(large, student, teacher * (expm1 - ratio)).sum(-1);
   const at::Tensor direct = (teacher * ratio).sum(-1).neg_().clamp_min_(0);
-  return at::where(a.abs() < 1e-2, stable, direct);
+  return at::where(a.abs() < 1e-2, phi - (a - a.log1p()), direct);
+}
+
+/// The mixture's weight of the smaller of the two probabilities.
+at::Tensor weight_of_smaller(const at::Tensor& ratio, double beta) {
+  return at::full_like(ratio, 1 - beta).masked_fill_(ratio > 0, beta);
 }
 
 at::Tensor jsd_of_rows(const at::Tensor& log_teacher, const at::Tensor& ratio, double beta) {
   // Beyond -45 rho e^rho is below rounding; without the bound the two terms that remain would cancel.
   const at::Tensor rho = ratio.abs().neg_().clamp_min_(-45);
   const at::Tensor expm1 = rho.expm1();
-  const at::Tensor weight = at::where(ratio > 0, beta, 1 - beta).to(ratio.scalar_type());
+  const at::Tensor weight = weight_of_smaller(ratio, beta);
   const at::Tensor v = weight * expm1;
   const at::Tensor first = weight * (rho * expm1 - (expm1 - rho));
   const at::Tensor second = (v + 1) * v.log1p() - v;
@@ -110,7 +120,7 @@ at::Tensor jsd_of_rows(const at::Tensor& log_teacher, const at::Tensor& ratio, d
 
 /// log(Q / M) of the mixture M = beta P + (1 - beta) Q.
 at::Tensor log_student_to_mixture(const at::Tensor& ratio, double beta) {
-  const at::Tensor weight = at::where(ratio > 0, beta, 1 - beta).to(ratio.scalar_type());
+  const at::Tensor weight = weight_of_smaller(ratio, beta);
   return ratio.clamp_max(0) - (weight * (-ratio.abs()).expm1()).log1p();
 }
 
@@ -119,7 +129,7 @@ at::Tensor logit_gradient(const DivergenceOptions& options, const at::Tensor& lo
   if (options.divergence == Divergence::kForwardKL) {
     return larger_probability(log_teacher, ratio) * (-ratio.abs()).expm1() * ratio.sign().neg_();
   }
-  const at::Tensor student = (log_teacher + ratio).clamp_max_(0).exp_();
+  const at::Tensor student = student_probability(log_teacher, ratio);
   const bool jsd = options.divergence == Divergence::kJSD;
   const at::Tensor value = jsd ? log_student_to_mixture(ratio, options.beta) : ratio;
   // Invisible keys have Q = 0 and a finite value.

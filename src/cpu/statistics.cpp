@@ -24,7 +24,7 @@ RowResult finish_row(const RowStatistics& row) {
   const double mean_phi = row.sum_phi / row.sum_teacher;
   const double a = mean_phi + mean_delta;  // E_T[expm1(delta - shift)]
   const double difference = row.shift + std::log1p(a);
-  // The two disagree where the student has mass that the teacher's weights cannot represent, or phi was clamped.
+  // The two agree but for rounding, unless the shift was so far off that a factor of the sums had to be bounded.
   const double tolerance = 1e-3 + 1e-6 * (std::abs(lse_student) + std::abs(lse_teacher));
   if (std::abs(a) < 0.5 && std::abs(difference - direct_difference) <= tolerance) {
     return {mean_phi - (a - std::log1p(a)), lse_teacher, lse_teacher + difference, difference};

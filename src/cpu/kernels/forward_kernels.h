@@ -71,6 +71,13 @@ LINEARARD_INLINE void merge(RowStatistics& row, double max_teacher, double max_s
   row.max_student = max_student;
 }
 
+/// Of a row whose shift fits; bounded, because a row whose shift does not fit takes the direct sum anyway.
+template <typename Real>
+LINEARARD_INLINE Real student_factor(double max_teacher, double max_student, double shift) {
+  const double exponent = max_student - max_teacher - shift;
+  return static_cast<Real>(std::exp(exponent < 60 ? exponent : 60));
+}
+
 /// Vector accumulators of TileSums; `add` is the whole inner loop of the forward.
 template <typename Real>
 struct SumAccumulator {
@@ -83,6 +90,7 @@ struct SumAccumulator {
     Vector<Real> max_teacher;
     Vector<Real> max_student;
     Vector<Real> shift;
+    Vector<Real> student_factor;  ///< exp(max_student - max_teacher - shift)
   };
 
   template <bool kMasked>
@@ -99,7 +107,11 @@ struct SumAccumulator {
     sums.teacher += weight;
     sums.student += student_weight;
     sums.delta += weight * shifted;
-    sums.phi += weight * exponential_family<Real>(shifted).phi;
+    // exp(t) phi(x) is exp(t + x) beyond 20, to the last bit of float: there the teacher's weight may have underflown
+    // where the student has mass. (Double has three times the range of any real logits.)
+    constexpr Real kLarge = sizeof(Real) == sizeof(float) ? 20 : 40;
+    const Vector<Real> term = weight * exponential_family<Real>(shifted).phi;
+    sums.phi += shifted > kLarge ? student_weight * reference.student_factor : term;
   }
 };
 
@@ -167,8 +179,9 @@ void accumulate_rows(const Tile<Real>& tile, RowStatistics* rows) {
     }
 
     SumAccumulator<Real> sums;
-    const typename SumAccumulator<Real>::Reference reference{broadcast(max_teacher), broadcast(max_student),
-                                                             broadcast(static_cast<Real>(row.shift))};
+    const typename SumAccumulator<Real>::Reference reference{
+        broadcast(max_teacher), broadcast(max_student), broadcast(static_cast<Real>(row.shift)),
+        broadcast(student_factor<Real>(max_teacher, max_student, row.shift))};
     for_each_vector<Real>(
         count,
         [&](int64_t j) {
@@ -199,6 +212,10 @@ void accumulate_columns(const Tile<Real>& tile, RowStatistics* columns) {
       const Vector<Real> delta = load(tile.difference + i * tile.stride + j);
       reference.max_teacher = maximum<Real>(reference.max_teacher, t);
       reference.max_student = maximum<Real>(reference.max_student, t + delta);
+    }
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      reference.student_factor[lane] = student_factor<Real>(reference.max_teacher[lane], reference.max_student[lane],
+                                                            columns[j + lane].shift);
     }
     SumAccumulator<Real> sums;
     for (int64_t i = 0; i < tile.rows; ++i) {
