@@ -21,8 +21,7 @@ at::Tensor attention_kl(const at::Tensor& query_student,
   check_reduction(kName, query_student, options.row_weight(), options.reduction(), options.num_items());
   const at::Tensor kl =
       std::get<0>(call_attention_kl_forward(query_student, key_student, query_teacher, key_teacher, options));
-  return reduce_rows(kl, arguments.query_padding_mask, options.row_weight(), options.reduction(),
-                     options.num_items());
+  return reduce_rows(kl, arguments.query_padding_mask, options.row_weight(), options.reduction(), options.num_items());
 }
 
 ThreeTensors attention_kl_forward(const at::Tensor& query_student,

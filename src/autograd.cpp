@@ -111,8 +111,8 @@ class AttentionKL : public Function<AttentionKL> {
                              .divergence(static_cast<Divergence>(data["divergence"].toInt()))
                              .beta(data["beta"].toDouble())
                              .deterministic(data["deterministic"].to<std::optional<bool>>());
-    auto [grad_query, grad_key] = call_attention_kl_backward(gradients[0], saved[0], saved[1], saved[2], saved[3],
-                                                             saved[4], saved[5], options);
+    auto [grad_query, grad_key] =
+        call_attention_kl_backward(gradients[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], options);
     return {grad_query, grad_key, Variable(), Variable(), Variable()};
   }
 };

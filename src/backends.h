@@ -64,8 +64,9 @@ struct Kernels {
                                  std::optional<bool> deterministic) {
     constexpr const char* kName = "relation_lse";
     const RelationArguments arguments =
-        check_lse(kName, x, relation_options(kName, key_padding_mask, cu_seqlens, scale, scale, causal,
-                                             to_string(Divergence::kForwardKL), 0.5, deterministic));
+        check_lse(kName, x,
+                  relation_options(kName, key_padding_mask, cu_seqlens, scale, scale, causal,
+                                   to_string(Divergence::kForwardKL), 0.5, deterministic));
     check_values(kName, "cu_seqlens", cu_seqlens, x);
     return Backend::relation_lse(arguments);
   }
@@ -85,10 +86,10 @@ struct Kernels {
                                            double beta,
                                            std::optional<bool> deterministic) {
     constexpr const char* kName = "attention_kl_forward";
-    const AttentionArguments arguments = check_attention(
-        kName, query_student, key_student, query_teacher, key_teacher,
-        attention_options(kName, query_padding_mask, key_padding_mask, cu_seqlens, cu_seqlens_key, scale_student,
-                          scale_teacher, causal, divergence, beta, deterministic));
+    const AttentionArguments arguments =
+        check_attention(kName, query_student, key_student, query_teacher, key_teacher,
+                        attention_options(kName, query_padding_mask, key_padding_mask, cu_seqlens, cu_seqlens_key,
+                                          scale_student, scale_teacher, causal, divergence, beta, deterministic));
     check_values("attention_kl", "cu_seqlens", cu_seqlens, query_student);
     check_values("attention_kl", "cu_seqlens_key", cu_seqlens_key, key_student);
     return Backend::attention_forward(arguments);
@@ -112,10 +113,10 @@ struct Kernels {
                                           double beta,
                                           std::optional<bool> deterministic) {
     constexpr const char* kName = "attention_kl_backward";
-    const AttentionArguments arguments = check_attention(
-        kName, query_student, key_student, query_teacher, key_teacher,
-        attention_options(kName, query_padding_mask, key_padding_mask, cu_seqlens, cu_seqlens_key, scale_student,
-                          scale_teacher, causal, divergence, beta, deterministic));
+    const AttentionArguments arguments =
+        check_attention(kName, query_student, key_student, query_teacher, key_teacher,
+                        attention_options(kName, query_padding_mask, key_padding_mask, cu_seqlens, cu_seqlens_key,
+                                          scale_student, scale_teacher, causal, divergence, beta, deterministic));
     check_row_tensor(kName, "grad_kl", grad_kl, query_student);
     check_row_tensor(kName, "lse_student", lse_student, query_student);
     check_row_tensor(kName, "lse_teacher", lse_teacher, query_student);
@@ -134,7 +135,9 @@ struct Kernels {
   }
 
  private:
-  static void check_values(const char* name, const char* argument, const OptionalTensor& cu_seqlens,
+  static void check_values(const char* name,
+                           const char* argument,
+                           const OptionalTensor& cu_seqlens,
                            const at::Tensor& x) {
     if constexpr (Backend::kHasValues) {
       if (cu_seqlens) check_sequence_boundaries(name, argument, *cu_seqlens, x.size(2));

@@ -241,9 +241,10 @@ void check_reduction(const char* op,
 }
 
 void check_frozen(const char* op, const char* argument, const at::Tensor& tensor) {
-  TORCH_CHECK(!(at::GradMode::is_enabled() && tensor.requires_grad()), op, ": ", argument,
-              " must not require grad (the teacher is frozen and gets no gradient), got a tensor that does; detach it: ",
-              argument, ".detach()");
+  TORCH_CHECK(
+      !(at::GradMode::is_enabled() && tensor.requires_grad()), op, ": ", argument,
+      " must not require grad (the teacher is frozen and gets no gradient), got a tensor that does; detach it: ",
+      argument, ".detach()");
 }
 
 void check_sequence_boundaries(const char* op, const char* argument, const at::Tensor& cu_seqlens, int64_t length) {

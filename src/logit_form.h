@@ -21,7 +21,7 @@ struct LogitForm {
   double teacher_multiplier = 1;
   double scale_student = 1;  ///< of the products of packed student rows
   double scale_teacher = 1;
-  double student_ratio = 1;  ///< sqrt(scale_student / scale_teacher): brings x into the teacher's scale
+  double student_ratio = 1;        ///< sqrt(scale_student / scale_teacher): brings x into the teacher's scale
   double gradient_multiplier = 1;  ///< power of two on the upstream gradient, against overflow of its products
   bool finite = true;              ///< whether all inputs are
 

@@ -24,9 +24,7 @@ void check_defined(const char* operator_name,
 
 }  // namespace
 
-ThreeTensors call_relation_kl_forward(const at::Tensor& student,
-                                      const at::Tensor& teacher,
-                                      const RelationOptions& o) {
+ThreeTensors call_relation_kl_forward(const at::Tensor& student, const at::Tensor& teacher, const RelationOptions& o) {
   check_defined("relation_kl_forward", {{"student", &student}, {"teacher", &teacher}});
   static const auto op = typed_operator<RelationForwardSignature>("linearard::relation_kl_forward");
   return op.call(student, teacher, o.key_padding_mask(), o.cu_seqlens(), o.scale_student(), o.scale_teacher(),

@@ -17,9 +17,7 @@ at::Tensor relation_kl(const at::Tensor& student, const at::Tensor& teacher, con
   return reduce_rows(kl, options.key_padding_mask(), options.row_weight(), options.reduction(), options.num_items());
 }
 
-ThreeTensors relation_kl_forward(const at::Tensor& student,
-                                 const at::Tensor& teacher,
-                                 const RelationOptions& options) {
+ThreeTensors relation_kl_forward(const at::Tensor& student, const at::Tensor& teacher, const RelationOptions& options) {
   return call_relation_kl_forward(student, teacher, options);
 }
 
@@ -60,6 +58,4 @@ at::Tensor relation_kl_operator(const at::Tensor& student,
 }  // namespace
 }  // namespace linearard
 
-TORCH_LIBRARY_IMPL(linearard, CompositeImplicitAutograd, m) {
-  m.impl("relation_kl", &linearard::relation_kl_operator);
-}
+TORCH_LIBRARY_IMPL(linearard, CompositeImplicitAutograd, m) { m.impl("relation_kl", &linearard::relation_kl_operator); }

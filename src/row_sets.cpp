@@ -63,7 +63,8 @@ std::vector<int64_t> visible_keys(const RowSet& queries, const RowSet& keys, boo
   for (int64_t i = 0; i < queries.length; ++i) {
     const int64_t position = queries.position(i) - queries.sequence_begin;
     const int64_t last = position + keys.sequence_length - queries.sequence_length;
-    while (seen < keys.length && keys.position(seen) - keys.sequence_begin <= last) ++seen;
+    while (seen < keys.length && keys.position(seen) - keys.sequence_begin <= last)
+      ++seen;
     visible[i] = seen;
   }
   return visible;

@@ -11,11 +11,11 @@ namespace linearard {
 /// The real tokens of one sequence: rows that relate to each other. Padding is in no set and is never read.
 struct RowSet {
   int64_t batch;
-  int64_t sequence_begin;          ///< first position of the sequence in dimension N, padding included
-  int64_t sequence_length;         ///< its length, padding included
-  int64_t begin;                   ///< first row, where the rows are consecutive
-  int64_t length;                  ///< number of rows
-  at::Tensor indices;              ///< [length] int64 on the CPU where padding lies between the rows, else undefined
+  int64_t sequence_begin;   ///< first position of the sequence in dimension N, padding included
+  int64_t sequence_length;  ///< its length, padding included
+  int64_t begin;            ///< first row, where the rows are consecutive
+  int64_t length;           ///< number of rows
+  at::Tensor indices;       ///< [length] int64 on the CPU where padding lies between the rows, else undefined
 
   /// Position of a row in dimension N.
   int64_t position(int64_t row) const {

@@ -20,8 +20,9 @@ at::Tensor relation_kl(const at::Tensor& student, const at::Tensor& teacher, con
 
 /// The forward kernel: (kl, lse_student, lse_teacher), each [B, H, N], unweighted; rows of padding are 0.
 /// `row_weight`, `reduction` and `num_items` of the options do not apply.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> relation_kl_forward(
-    const at::Tensor& student, const at::Tensor& teacher, const RelationOptions& options = {});
+std::tuple<at::Tensor, at::Tensor, at::Tensor> relation_kl_forward(const at::Tensor& student,
+                                                                   const at::Tensor& teacher,
+                                                                   const RelationOptions& options = {});
 
 /// The backward kernel: the gradient of sum(grad_kl * kl) with respect to the student, in its shape and dtype.
 /// @param grad_kl [B, H, N]; lse_student, lse_teacher [B, H, N] as relation_kl_forward returned them

@@ -56,7 +56,7 @@ RowValues statistics_of(const LogitForm& form,
                         const Vectors& key_vectors,
                         const Visibility& visibility) {
   if (form.wide) {
-    return aten::divergence_forward(form, {Divergence::kForwardKL, 0.5}, row_vectors, key_vectors, visibility);
+    return aten::divergence_forward(form, {}, row_vectors, key_vectors, visibility);
   }
   return {{}, heads_of(lse_student, rows).to(form.compute), heads_of(lse_teacher, rows).to(form.compute)};
 }
@@ -101,7 +101,8 @@ struct AtenBackend {
     const ThreeTensors results = empty_statistics(arguments.student, statistics_dtype(given));
     for (const RowSet& rows : row_sets_of(arguments)) {
       if (rows.length == 0) continue;
-      const Vectors vectors(heads_of(arguments.student, rows), heads_of(arguments.teacher, rows), form);
+      const Vectors vectors =
+          aten::pack_vectors(heads_of(arguments.student, rows), heads_of(arguments.teacher, rows), form);
       const Visibility visibility = visibility_of(rows, rows, given.causal, true, given.student.device());
       write_values(results, rows,
                    aten::divergence_forward(form, {given.divergence, given.beta}, vectors, vectors, visibility),
@@ -122,15 +123,15 @@ struct AtenBackend {
     at::Tensor grad_student = at::zeros(arguments.student.sizes(), arguments.student.options());
     for (const RowSet& rows : row_sets_of(arguments)) {
       if (rows.length == 0) continue;
-      const Vectors vectors(heads_of(arguments.student, rows), heads_of(arguments.teacher, rows), form);
+      const Vectors vectors =
+          aten::pack_vectors(heads_of(arguments.student, rows), heads_of(arguments.teacher, rows), form);
       const Visibility visibility = visibility_of(rows, rows, arguments.causal, true, arguments.student.device());
       const RowValues statistics = statistics_of(form, lse_student.reshape(shape), lse_teacher.reshape(shape), rows,
                                                  vectors, vectors, visibility);
       const Gradients gradients =
           aten::divergence_backward(form, {arguments.divergence, arguments.beta}, vectors, vectors, visibility,
                                     statistics, heads_of(grad_kl.reshape(shape), rows).to(form.compute));
-      write_heads(grad_student, rows,
-                  finished(form, gradients.rows.add(gradients.keys), arguments.scale_student));
+      write_heads(grad_student, rows, finished(form, gradients.rows.add(gradients.keys), arguments.scale_student));
     }
     return grad_student.view(given.student.sizes());
   }
@@ -144,7 +145,7 @@ struct AtenBackend {
       if (rows.length == 0) continue;
       const at::Tensor x = heads_of(arguments.teacher, rows);
       const Visibility visibility = visibility_of(rows, rows, arguments.causal, true, x.device());
-      write_heads(lse, rows, aten::lse_forward(form, Vectors(x, x, form), visibility));
+      write_heads(lse, rows, aten::lse_forward(form, aten::pack_vectors(x, x, form), visibility));
     }
     return lse;
   }
@@ -160,13 +161,14 @@ struct AtenBackend {
     }
     const LogitForm form = choose_logit_form(arguments, nullptr);
     const ThreeTensors results = empty_statistics(given.query_student, statistics_dtype(given));
-    for_each_sequence(arguments, form, [&](const RowSet& queries, const RowSet&, const Vectors& query_vectors,
-                                           const Vectors& key_vectors, const Visibility& visibility) {
-      write_values(
-          results, queries,
-          aten::divergence_forward(form, {given.divergence, given.beta}, query_vectors, key_vectors, visibility),
-          exchanged);
-    });
+    for_each_sequence(arguments, form,
+                      [&](const RowSet& queries, const RowSet&, const Vectors& query_vectors,
+                          const Vectors& key_vectors, const Visibility& visibility) {
+                        write_values(results, queries,
+                                     aten::divergence_forward(form, {given.divergence, given.beta}, query_vectors,
+                                                              key_vectors, visibility),
+                                     exchanged);
+                      });
     return results;
   }
 
@@ -179,18 +181,19 @@ struct AtenBackend {
     const int64_t query_heads = arguments.query_student.size(1);
     at::Tensor grad_query = at::zeros(arguments.query_student.sizes(), arguments.query_student.options());
     at::Tensor grad_key = at::zeros(arguments.key_student.sizes(), arguments.key_student.options());
-    for_each_sequence(arguments, form, [&](const RowSet& queries, const RowSet& keys, const Vectors& query_vectors,
-                                           const Vectors& key_vectors, const Visibility& visibility) {
-      const RowValues statistics =
-          statistics_of(form, lse_student, lse_teacher, queries, query_vectors, key_vectors, visibility);
-      const Gradients gradients =
-          aten::divergence_backward(form, {arguments.divergence, arguments.beta}, query_vectors, key_vectors,
-                                    visibility, statistics, heads_of(grad_kl, queries).to(form.compute));
-      write_heads(grad_query, queries, finished(form, gradients.rows, arguments.scale_student));
-      const at::Tensor shared =
-          gradients.keys.unflatten(0, {grad_key.size(1), query_heads / grad_key.size(1)}).sum(1);
-      write_heads(grad_key, keys, finished(form, shared, arguments.scale_student));
-    });
+    for_each_sequence(arguments, form,
+                      [&](const RowSet& queries, const RowSet& keys, const Vectors& query_vectors,
+                          const Vectors& key_vectors, const Visibility& visibility) {
+                        const RowValues statistics = statistics_of(form, lse_student, lse_teacher, queries,
+                                                                   query_vectors, key_vectors, visibility);
+                        const Gradients gradients = aten::divergence_backward(
+                            form, {arguments.divergence, arguments.beta}, query_vectors, key_vectors, visibility,
+                            statistics, heads_of(grad_kl, queries).to(form.compute));
+                        write_heads(grad_query, queries, finished(form, gradients.rows, arguments.scale_student));
+                        const at::Tensor shared =
+                            gradients.keys.unflatten(0, {grad_key.size(1), query_heads / grad_key.size(1)}).sum(1);
+                        write_heads(grad_key, keys, finished(form, shared, arguments.scale_student));
+                      });
     return {grad_query, grad_key};
   }
 
@@ -198,17 +201,17 @@ struct AtenBackend {
   template <typename Visit>
   static void for_each_sequence(const AttentionArguments& arguments, const LogitForm& form, const Visit& visit) {
     const at::Tensor& query = arguments.query_student;
-    const auto query_sets =
-        row_sets(query.size(0), query.size(2), arguments.query_padding_mask, arguments.cu_seqlens);
-    const auto key_sets = row_sets(query.size(0), arguments.key_student.size(2), arguments.key_padding_mask,
-                                   arguments.cu_seqlens_key);
+    const auto query_sets = row_sets(query.size(0), query.size(2), arguments.query_padding_mask, arguments.cu_seqlens);
+    const auto key_sets =
+        row_sets(query.size(0), arguments.key_student.size(2), arguments.key_padding_mask, arguments.cu_seqlens_key);
     for (size_t i = 0; i < query_sets.size(); ++i) {
       const RowSet& queries = query_sets[i];
       const RowSet& keys = key_sets[i];
       if (queries.length == 0 || keys.length == 0 || query.size(1) == 0) continue;
-      visit(queries, keys, Vectors(heads_of(query, queries), heads_of(arguments.query_teacher, queries), form),
-            Vectors(repeat_heads(heads_of(arguments.key_student, keys), query.size(1)),
-                    repeat_heads(heads_of(arguments.key_teacher, keys), query.size(1)), form),
+      visit(queries, keys,
+            aten::pack_vectors(heads_of(query, queries), heads_of(arguments.query_teacher, queries), form),
+            aten::pack_vectors(repeat_heads(heads_of(arguments.key_student, keys), query.size(1)),
+                               repeat_heads(heads_of(arguments.key_teacher, keys), query.size(1)), form),
             visibility_of(queries, keys, arguments.causal, false, query.device()));
     }
   }

@@ -21,11 +21,10 @@ namespace {
 constexpr double kLargeRatio = 20;  // beyond it P phi(r) and P expm1(r) are Q to the last bit of float
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-/// Rows of a block, so that one matrix of its logits has at most 2^24 elements.
-int64_t rows_of_block(const Vectors& rows, const Vectors& keys) {
-  constexpr int64_t kElements = int64_t{1} << 24;
+/// Rows of a block, so that one matrix of its logits has at most so many elements.
+int64_t rows_of_block(const Vectors& rows, const Vectors& keys, int64_t elements) {
   const int64_t elements_per_row = std::max<int64_t>(1, rows.student.size(0) * keys.student.size(1));
-  return std::max<int64_t>(1, kElements / elements_per_row);
+  return std::max<int64_t>(1, elements / elements_per_row);
 }
 
 /// Logits of a block of rows against all keys, [G, block, keys].
@@ -48,8 +47,8 @@ at::Tensor invisible_keys(const Visibility& visibility, int64_t begin, int64_t c
   return at::arange(keys, limit.options()).unsqueeze(0).ge(limit);
 }
 
-at::Tensor teacher_logits(const LogitForm& form, const Vectors& rows, const Vectors& keys, int64_t begin,
-                          int64_t count) {
+at::Tensor teacher_logits(
+    const LogitForm& form, const Vectors& rows, const Vectors& keys, int64_t begin, int64_t count) {
   const at::Tensor y = rows.teacher.narrow(1, begin, count);
   return scaled(at::bmm(y, keys.teacher.mT()), form.scale_teacher, form);
 }
@@ -88,7 +87,8 @@ at::Tensor student_probability(const at::Tensor& log_teacher, const at::Tensor& 
 }
 
 /// docs/mathematics.md, "Precision": the sum of P phi(r), phi(r) = expm1(r) - r, with r shifted by lse_student -
-/// lse_teacher, so that a = E_T[expm1(r)] is 0 but for rounding; the direct sum where the logits are too large for that.
+/// lse_teacher, so that a = E_T[expm1(r)] is 0 but for rounding; the direct sum where the logits are too large for
+/// that.
 at::Tensor kl_of_rows(const at::Tensor& log_teacher, const at::Tensor& ratio) {
   const at::Tensor teacher = log_teacher.exp();
   const at::Tensor expm1 = at::expm1(ratio.clamp_max(kLargeRatio));
@@ -137,29 +137,31 @@ at::Tensor logit_gradient(const DivergenceOptions& options, const at::Tensor& lo
   return student * (value - mean) * (jsd ? 1 - options.beta : 1.0);
 }
 
-/// Rows that see fewer than `least` keys of a block: without a key there is no distribution (statistics are 0), with one
-/// key no divergence (and no gradient).
-at::Tensor zero_below(int64_t least, const at::Tensor& values, const Visibility& visibility, int64_t begin, int64_t keys) {
+/// Rows that see fewer than `least` keys of a block: without a key there is no distribution (statistics are 0), with
+/// one key no divergence (and no gradient).
+at::Tensor zero_below(
+    int64_t least, const at::Tensor& values, const Visibility& visibility, int64_t begin, int64_t keys) {
   if (!visibility.visible.defined()) return keys < least ? at::zeros_like(values) : values;
   return values.masked_fill(visibility.visible.narrow(0, begin, values.size(1)).lt(least), 0);
 }
 
 }  // namespace
 
-Vectors::Vectors(const at::Tensor& student_vectors, const at::Tensor& teacher_vectors, const LogitForm& form)
-    : student(student_vectors.to(form.compute)), teacher(teacher_vectors.to(form.compute)) {
-  if (form.student_multiplier != 1) student = student * form.student_multiplier;
-  if (form.teacher_multiplier != 1) teacher = teacher * form.teacher_multiplier;
-  if (!form.difference) return;
+Vectors pack_vectors(const at::Tensor& student, const at::Tensor& teacher, const LogitForm& form) {
+  Vectors packed{student.to(form.compute), teacher.to(form.compute), {}, {}};
+  if (form.student_multiplier != 1) packed.student = packed.student * form.student_multiplier;
+  if (form.teacher_multiplier != 1) packed.teacher = packed.teacher * form.teacher_multiplier;
+  if (!form.difference) return packed;
   if (form.student_ratio == 1) {
-    scaled_student = student;
-    difference = student - teacher;
-    return;
+    packed.scaled_student = packed.student;
+    packed.difference = packed.student - packed.teacher;
+    return packed;
   }
   // In double: the rounding of ratio * x would otherwise be of the size of a small difference.
-  const at::Tensor exact = student.to(at::kDouble) * form.student_ratio;
-  difference = (exact - teacher).to(form.compute);
-  scaled_student = exact.to(form.compute);
+  const at::Tensor exact = packed.student.to(at::kDouble) * form.student_ratio;
+  packed.difference = (exact - packed.teacher).to(form.compute);
+  packed.scaled_student = exact.to(form.compute);
+  return packed;
 }
 
 RowValues divergence_forward(const LogitForm& form,
@@ -171,7 +173,7 @@ RowValues divergence_forward(const LogitForm& form,
   std::vector<at::Tensor> lse_student;
   std::vector<at::Tensor> lse_teacher;
   const int64_t length = rows.student.size(1);
-  const int64_t step = rows_of_block(rows, keys);
+  const int64_t step = rows_of_block(rows, keys, options.block_elements);
   for (int64_t begin = 0; begin < length; begin += step) {
     const Block block = logits_of_block(form, rows, keys, visibility, begin, std::min(step, length - begin));
     const at::Tensor teacher = block.teacher.logsumexp(-1);
@@ -200,14 +202,14 @@ Gradients divergence_backward(const LogitForm& form,
   const at::Tensor key_vectors = finite(keys.student);
   const at::Tensor row_vectors = finite(rows.student);
   const int64_t length = rows.student.size(1);
-  const int64_t step = rows_of_block(rows, keys);
+  const int64_t step = rows_of_block(rows, keys, options.block_elements);
   for (int64_t begin = 0; begin < length; begin += step) {
     const int64_t count = std::min(step, length - begin);
     const Block block = logits_of_block(form, rows, keys, visibility, begin, count);
     const at::Tensor lse_teacher = statistics.lse_teacher.narrow(1, begin, count);
     const at::Tensor lse_difference = statistics.lse_student.narrow(1, begin, count) - lse_teacher;
-    at::Tensor gradient = logit_gradient(options, block.teacher - lse_teacher.unsqueeze(-1),
-                                         block.delta - lse_difference.unsqueeze(-1));
+    at::Tensor gradient =
+        logit_gradient(options, block.teacher - lse_teacher.unsqueeze(-1), block.delta - lse_difference.unsqueeze(-1));
     if (block.invisible.defined()) gradient.masked_fill_(block.invisible, 0);
     if (visibility.relation) {
       at::Tensor diagonal = gradient.diagonal(begin, -2, -1);
@@ -225,7 +227,7 @@ Gradients divergence_backward(const LogitForm& form,
 at::Tensor lse_forward(const LogitForm& form, const Vectors& vectors, const Visibility& visibility) {
   std::vector<at::Tensor> lse;
   const int64_t length = vectors.teacher.size(1);
-  const int64_t step = rows_of_block(vectors, vectors);
+  const int64_t step = rows_of_block(vectors, vectors, DivergenceOptions{}.block_elements);
   for (int64_t begin = 0; begin < length; begin += step) {
     const int64_t count = std::min(step, length - begin);
     at::Tensor teacher = teacher_logits(form, vectors, vectors, begin, count);

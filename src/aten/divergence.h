@@ -19,19 +19,20 @@ struct Vectors {
   at::Tensor teacher;
   at::Tensor scaled_student;  ///< difference form only, see LogitForm
   at::Tensor difference;      ///< difference form only
-
-  Vectors(const at::Tensor& student, const at::Tensor& teacher, const LogitForm& form);
 };
+
+Vectors pack_vectors(const at::Tensor& student, const at::Tensor& teacher, const LogitForm& form);
 
 /// Which keys the rows see: the leading visible[i] ones; undefined: all.
 struct Visibility {
-  at::Tensor visible;        ///< [rows] int64 on the device
-  bool relation = false;     ///< rows and keys are the same vectors: the diagonal is G_ii = -(sum of the others)
+  at::Tensor visible;     ///< [rows] int64 on the device
+  bool relation = false;  ///< rows and keys are the same vectors: the diagonal is G_ii = -(sum of the others)
 };
 
 struct DivergenceOptions {
-  Divergence divergence;
-  double beta;
+  Divergence divergence = Divergence::kForwardKL;
+  double beta = 0.5;
+  int64_t block_elements = int64_t{1} << 24;  ///< largest number of logits in a block of rows
 };
 
 struct RowValues {

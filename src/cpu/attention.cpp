@@ -29,7 +29,7 @@ void forward_groups(const AttentionCall& call,
       }
     }
     for (int64_t head = 0; head < group.heads; ++head) {
-      const auto write = [&](const at::Tensor& output, double RowResult::*field) {
+      const auto write = [&](const at::Tensor& output, double RowResult::* field) {
         write_rows(call.query_rows(output, group, head), *group.sequence->queries, results[head], field);
       };
       write(kl, &RowResult::kl);
@@ -86,7 +86,8 @@ std::vector<RowVectors<Real>> load_vectors(const AttentionCall& call,
       RowVectors<Real>& rows = vectors.emplace_back(queries.length);
       load_rows(call.query_rows(lse_teacher, group, head), queries, rows.lse_teacher);
       load_rows(call.query_rows(lse_student, group, head), queries, rows.lse_difference);
-      for (size_t i = 0; i < rows.lse_difference.size(); ++i) rows.lse_difference[i] -= rows.lse_teacher[i];
+      for (size_t i = 0; i < rows.lse_difference.size(); ++i)
+        rows.lse_difference[i] -= rows.lse_teacher[i];
     }
   }
   for (int64_t head = 0; head < group.heads; ++head) {
@@ -100,7 +101,8 @@ std::vector<RowVectors<Real>> load_vectors(const AttentionCall& call,
   }
   if (call.arguments.divergence == Divergence::kForwardKL) return vectors;
   attention_expectation<Real>(call, mean_kind(call.arguments.divergence), group, packed, buffers, vectors);
-  for (RowVectors<Real>& rows : vectors) rows.sums_become_means(call.arguments.divergence, call.arguments.beta);
+  for (RowVectors<Real>& rows : vectors)
+    rows.sums_become_means(call.arguments.divergence, call.arguments.beta);
   return vectors;
 }
 
@@ -162,7 +164,8 @@ void backward_groups(const AttentionCall& call,
     accumulate_gradients<Real>(call, group, packed, buffers, vectors, grad_queries, grad_keys);
     for (int64_t head = 0; head < group.heads; ++head) {
       put_rows(call.query_rows(grad_query, group, head), queries,
-               saturating_cast(grad_queries[head].whole.mul_(scale).div_(call.form.gradient_multiplier), grad_query.scalar_type()));
+               saturating_cast(grad_queries[head].whole.mul_(scale).div_(call.form.gradient_multiplier),
+                               grad_query.scalar_type()));
     }
     put_rows(grad_key.select(0, keys.batch).select(0, group.key_head), keys,
              saturating_cast(grad_keys.whole.mul_(scale).div_(call.form.gradient_multiplier), grad_key.scalar_type()));

@@ -7,10 +7,10 @@
 
 #include "arguments.h"
 #include "cpu/kernels/tile_kernels.h"
-#include "logit_form.h"
 #include "cpu/operand.h"
 #include "cpu/schedule.h"
 #include "cpu/statistics.h"
+#include "logit_form.h"
 #include "row_sets.h"
 
 // What forward and backward of the attention kernels share.
@@ -50,9 +50,7 @@ struct AttentionCall {
   std::vector<HeadGroup> groups;
   int64_t tile_rows = 0;
 
-  int64_t row_blocks(const HeadGroup& group) const {
-    return block_count(group.sequence->queries->length, tile_rows);
-  }
+  int64_t row_blocks(const HeadGroup& group) const { return block_count(group.sequence->queries->length, tile_rows); }
   int64_t column_blocks(const HeadGroup& group) const { return block_count(group.sequence->keys->length, tile_rows); }
   PackedGroup pack(const HeadGroup& group) const;
   at::Tensor query_rows(const at::Tensor& tensor, const HeadGroup& group, int64_t head) const {
@@ -97,7 +95,8 @@ template <typename Task>
 void for_each_row_block(const AttentionCall& call, const HeadGroup& group, const Task& task) {
   std::vector<TileTask> tasks;
   for (int64_t head = 0; head < group.heads; ++head) {
-    for (int64_t block = 0; block < call.row_blocks(group); ++block) tasks.push_back({head, block, 0});
+    for (int64_t block = 0; block < call.row_blocks(group); ++block)
+      tasks.push_back({head, block, 0});
   }
   run_tasks(tasks, [&](const TileTask& index) { task(index.problem, index.row_block); });
 }

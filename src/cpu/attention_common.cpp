@@ -1,5 +1,6 @@
 
 #include "cpu/attention_call.h"
+#include "cpu/refine.h"
 #include "cpu/relation.h"
 
 namespace linearard::cpu {
@@ -62,18 +63,21 @@ std::vector<std::vector<RowResult>> attention_statistics(const AttentionCall& ca
   for_each_row_block(call, group, [&](int64_t head, int64_t row_block) {
     // From the last column on: in the causal form that is where every row sees its own key.
     for (int64_t column_block = call.column_blocks(group) - 1; column_block >= 0; --column_block) {
-      visit_tile<Real>(call, group, packed, {head, row_block, column_block}, buffers,
-                       [&](const LogitTile<Real>& logits) {
-                         tile_kernels<Real>().accumulate_rows(logits.tile,
-                                                              &statistics[head][row_block * call.tile_rows]);
-                       });
+      visit_tile<Real>(
+          call, group, packed, {head, row_block, column_block}, buffers, [&](const LogitTile<Real>& logits) {
+            tile_kernels<Real>().accumulate_rows(logits.tile, &statistics[head][row_block * call.tile_rows]);
+          });
     }
   });
   std::vector<std::vector<RowResult>> results;
-  for (const std::vector<RowStatistics>& rows : statistics) {
+  for (size_t head = 0; head < statistics.size(); ++head) {
     std::vector<RowResult>& finished = results.emplace_back();
-    finished.reserve(rows.size());
-    for (const RowStatistics& row : rows) finished.push_back(finish_row(row));
+    finished.reserve(statistics[head].size());
+    for (const RowStatistics& row : statistics[head])
+      finished.push_back(finish_row(row));
+    refine_rows(
+        call.form, packed.queries[head], *packed.keys[head], [&](int64_t row) { return group.sequence->visible[row]; },
+        finished);
   }
   return results;
 }
@@ -88,21 +92,20 @@ void attention_expectation(const AttentionCall& call,
   for_each_row_block(call, group, [&](int64_t head, int64_t row_block) {
     const RowReference<Real> rows = vectors[head].reference(row_block * call.tile_rows, false);
     for (int64_t column_block = 0; column_block < call.column_blocks(group); ++column_block) {
-      visit_tile<Real>(call, group, packed, {head, row_block, column_block}, buffers,
-                       [&](const LogitTile<Real>& logits) {
-                         tile_kernels<Real>().accumulate_expectation(expectation, TileKind::kRows,
-                                                                     static_cast<Real>(call.arguments.beta),
-                                                                     logits.tile, rows, rows);
-                       });
+      visit_tile<Real>(
+          call, group, packed, {head, row_block, column_block}, buffers, [&](const LogitTile<Real>& logits) {
+            tile_kernels<Real>().accumulate_expectation(
+                expectation, TileKind::kRows, static_cast<Real>(call.arguments.beta), logits.tile, rows, rows);
+          });
     }
   });
 }
 
-#define LINEARARD_INSTANTIATE(Real)                                                                          \
-  template std::vector<std::vector<RowResult>> attention_statistics<Real>(                                   \
-      const AttentionCall&, const HeadGroup&, const PackedGroup&, const TileBuffers&);                       \
-  template void attention_expectation<Real>(const AttentionCall&, Expectation, const HeadGroup&,             \
-                                            const PackedGroup&, const TileBuffers&, std::vector<RowVectors<Real>>&);
+#define LINEARARD_INSTANTIATE(Real)                                                                                  \
+  template std::vector<std::vector<RowResult>> attention_statistics<Real>(const AttentionCall&, const HeadGroup&,    \
+                                                                          const PackedGroup&, const TileBuffers&);   \
+  template void attention_expectation<Real>(const AttentionCall&, Expectation, const HeadGroup&, const PackedGroup&, \
+                                            const TileBuffers&, std::vector<RowVectors<Real>>&);
 LINEARARD_INSTANTIATE(float)
 LINEARARD_INSTANTIATE(double)
 #undef LINEARARD_INSTANTIATE

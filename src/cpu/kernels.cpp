@@ -7,10 +7,10 @@
 namespace linearard::cpu {
 
 // One namespace for each instruction set that tile_kernels.cpp was compiled for.
-#define LINEARARD_DECLARE_KERNELS(isa)    \
-  namespace isa {                         \
-  template <typename Real>                \
-  const TileKernels<Real>& kernels();     \
+#define LINEARARD_DECLARE_KERNELS(isa) \
+  namespace isa {                      \
+  template <typename Real>             \
+  const TileKernels<Real>& kernels();  \
   }
 
 LINEARARD_DECLARE_KERNELS(generic)

@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <utility>
 
+#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/nan_to_num.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/Parallel.h>
 
 namespace linearard::cpu {
 
@@ -76,8 +76,7 @@ LogitTile<Real>::LogitTile(const LogitForm& form,
   const int64_t column_count = y_columns.size(1);
   const int64_t stride = buffers.size(2);
   teacher = buffers.as_strided({row_count, column_count}, {stride, 1}, buffers.storage_offset());
-  difference = buffers.as_strided({row_count, column_count}, {stride, 1},
-                                  buffers.storage_offset() + buffers.stride(0));
+  difference = buffers.as_strided({row_count, column_count}, {stride, 1}, buffers.storage_offset() + buffers.stride(0));
   at::mm_out(teacher, y_rows, y_columns);
   if (form.difference) {
     at::mm_out(difference, rows.difference.blocks[row_block], columns.scaled_student.transposed[column_block]);
@@ -85,11 +84,11 @@ LogitTile<Real>::LogitTile(const LogitForm& form,
   } else {
     at::mm_out(difference, rows.student.blocks[row_block], columns.student.transposed[column_block]);
   }
-  tile = {teacher.mutable_data_ptr<Real>(), difference.mutable_data_ptr<Real>(), row_count, column_count, stride,
-          nullptr};
+  tile = {
+      teacher.mutable_data_ptr<Real>(), difference.mutable_data_ptr<Real>(), row_count, column_count, stride, nullptr};
   const double second = form.difference ? form.scale_teacher : form.scale_student;
-  tile_kernels<Real>().scale_tile(
-      tile, {static_cast<Real>(form.scale_teacher), static_cast<Real>(second), !form.difference});
+  tile_kernels<Real>().scale_tile(tile,
+                                  {static_cast<Real>(form.scale_teacher), static_cast<Real>(second), !form.difference});
 }
 
 template struct LogitTile<float>;

@@ -23,9 +23,9 @@ struct BlockedMatrix {
 /// The rows of one head of one sequence, packed as the tiles need them. float32 rows without holes are used in place.
 struct Operand {
   int64_t length = 0;
-  BlockedMatrix student;         ///< x, times the form's multiplier
-  BlockedMatrix gradient;        ///< the same for products with G: zeros where x is not finite, because 0 x NaN is not 0
-  BlockedMatrix teacher;         ///< y, times the form's multiplier
+  BlockedMatrix student;   ///< x, times the form's multiplier
+  BlockedMatrix gradient;  ///< the same for products with G: zeros where x is not finite, because 0 x NaN is not 0
+  BlockedMatrix teacher;   ///< y, times the form's multiplier
   BlockedMatrix scaled_student;  ///< difference form: x in the teacher's scale
   BlockedMatrix difference;      ///< difference form: x in the teacher's scale minus y
 

@@ -7,9 +7,9 @@
 #include <linearard/plan.h>
 
 #include "arguments.h"
-#include "logit_form.h"
 #include "cpu/operand.h"
 #include "cpu/statistics.h"
+#include "logit_form.h"
 #include "row_sets.h"
 
 // The relation kernels on the CPU: the triangular traversal of docs/mathematics.md, tile by tile on all threads.

@@ -31,14 +31,16 @@ std::vector<RowVectors<Real>> load_vectors(const RelationCall& call,
       RowVectors<Real>& rows = vectors.emplace_back(problem.rows->length);
       load_rows(call.head_of(lse_teacher, problem), *problem.rows, rows.lse_teacher);
       load_rows(call.head_of(lse_student, problem), *problem.rows, rows.lse_difference);
-      for (size_t row = 0; row < rows.lse_difference.size(); ++row) rows.lse_difference[row] -= rows.lse_teacher[row];
+      for (size_t row = 0; row < rows.lse_difference.size(); ++row)
+        rows.lse_difference[row] -= rows.lse_teacher[row];
     }
     load_rows(call.head_of(grad_kl, problem), *problem.rows, vectors[i].weight);
     vectors[i].scale_weight(call.form.gradient_multiplier);
   }
   if (call.arguments.divergence == Divergence::kForwardKL) return vectors;
   group_expectation<Real>(call, mean_kind(call.arguments.divergence), operands, buffers, vectors);
-  for (RowVectors<Real>& rows : vectors) rows.sums_become_means(call.arguments.divergence, call.arguments.beta);
+  for (RowVectors<Real>& rows : vectors)
+    rows.sums_become_means(call.arguments.divergence, call.arguments.beta);
   return vectors;
 }
 

@@ -4,6 +4,7 @@
 
 #include <ATen/Parallel.h>
 
+#include "cpu/refine.h"
 #include "cpu/relation.h"
 #include "cpu/schedule.h"
 
@@ -53,15 +54,14 @@ int64_t workspace_bytes_per_row(const LogitForm& form, const RelationArguments& 
 RelationCall::RelationCall(const RelationArguments& relation_arguments, const at::Tensor* grad_kl)
     : arguments(relation_arguments),
       form(choose_logit_form(arguments, grad_kl)),
-      sets(row_sets(arguments.student.size(0),
-                    arguments.student.size(2),
-                    arguments.key_padding_mask,
-                    arguments.cu_seqlens)) {
+      sets(row_sets(
+          arguments.student.size(0), arguments.student.size(2), arguments.key_padding_mask, arguments.cu_seqlens)) {
   int64_t longest = 0;
   for (const RowSet& rows : sets) {
     longest = std::max(longest, rows.length);
     if (rows.length == 0) continue;
-    for (int64_t head = 0; head < arguments.student.size(1); ++head) problems.push_back({head, &rows});
+    for (int64_t head = 0; head < arguments.student.size(1); ++head)
+      problems.push_back({head, &rows});
   }
   tile_rows = tile_rows_for(longest, std::max(arguments.student.size(-1), arguments.teacher.size(-1)));
   groups = group_boundaries(problems, tile_rows, workspace_bytes_per_row(form, arguments, grad_kl != nullptr));
@@ -84,7 +84,8 @@ std::vector<Operand> pack_group(const RelationCall& call, size_t begin, size_t e
   });
   std::vector<Operand> operands;
   operands.reserve(packed.size());
-  for (auto& operand : packed) operands.push_back(std::move(*operand));
+  for (auto& operand : packed)
+    operands.push_back(std::move(*operand));
   return operands;
 }
 
@@ -92,7 +93,8 @@ namespace {
 
 std::vector<int64_t> block_counts(const std::vector<Operand>& operands, int64_t tile_rows) {
   std::vector<int64_t> counts;
-  for (const Operand& operand : operands) counts.push_back(block_count(operand.length, tile_rows));
+  for (const Operand& operand : operands)
+    counts.push_back(block_count(operand.length, tile_rows));
   return counts;
 }
 
@@ -104,7 +106,8 @@ std::vector<std::vector<RowResult>> group_statistics(const RelationCall& call,
                                                      size_t first_problem,
                                                      const TileBuffers& buffers) {
   std::vector<std::vector<RowStatistics>> statistics;
-  for (const Operand& operand : operands) statistics.push_back(empty_statistics(operand.length));
+  for (const Operand& operand : operands)
+    statistics.push_back(empty_statistics(operand.length));
   const TileKernels<Real>& kernels = tile_kernels<Real>();
   run_symmetric(block_counts(operands, call.tile_rows), [&](const TileTask& task) {
     const Operand& operand = operands[task.problem];
@@ -130,7 +133,12 @@ std::vector<std::vector<RowResult>> group_statistics(const RelationCall& call,
     }
     std::vector<RowResult>& finished = results.emplace_back();
     finished.reserve(statistics[i].size());
-    for (const RowStatistics& row : statistics[i]) finished.push_back(finish_row(row));
+    for (const RowStatistics& row : statistics[i])
+      finished.push_back(finish_row(row));
+    if (call.arguments.lse_teacher) continue;
+    const bool causal = call.arguments.causal;
+    const int64_t length = operands[i].length;
+    refine_rows(call.form, operands[i], operands[i], [&](int64_t row) { return causal ? row + 1 : length; }, finished);
   }
   return results;
 }
@@ -156,10 +164,10 @@ void group_expectation(const RelationCall& call,
   });
 }
 
-#define LINEARARD_INSTANTIATE(Real)                                                                              \
-  template std::vector<std::vector<RowResult>> group_statistics<Real>(                                           \
-      const RelationCall&, const std::vector<Operand>&, size_t, const TileBuffers&);                             \
-  template void group_expectation<Real>(const RelationCall&, Expectation, const std::vector<Operand>&,           \
+#define LINEARARD_INSTANTIATE(Real)                                                                    \
+  template std::vector<std::vector<RowResult>> group_statistics<Real>(                                 \
+      const RelationCall&, const std::vector<Operand>&, size_t, const TileBuffers&);                   \
+  template void group_expectation<Real>(const RelationCall&, Expectation, const std::vector<Operand>&, \
                                         const TileBuffers&, std::vector<RowVectors<Real>>&);
 LINEARARD_INSTANTIATE(float)
 LINEARARD_INSTANTIATE(double)

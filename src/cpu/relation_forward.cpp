@@ -81,7 +81,8 @@ void lse_of_group(const RelationCall& call,
                   std::vector<std::vector<RowStatistics>>& statistics) {
   const TileKernels<Real>& kernels = tile_kernels<Real>();
   std::vector<int64_t> blocks;
-  for (const BlockedMatrix& matrix : matrices) blocks.push_back(static_cast<int64_t>(matrix.blocks.size()));
+  for (const BlockedMatrix& matrix : matrices)
+    blocks.push_back(static_cast<int64_t>(matrix.blocks.size()));
   run_symmetric(blocks, [&](const TileTask& task) {
     const BlockedMatrix& matrix = matrices[task.problem];
     const at::Tensor memory = buffers.of_this_thread().select(0, 0);
@@ -91,12 +92,15 @@ void lse_of_group(const RelationCall& call,
     at::mm_out(product, rows, columns);
     const bool diagonal = task.row_block == task.column_block;
     Real* data = product.mutable_data_ptr<Real>();
-    const Tile<Real> tile{data, data, rows.size(0), columns.size(1), memory.stride(0),
+    const Tile<Real> tile{data,
+                          data,
+                          rows.size(0),
+                          columns.size(1),
+                          memory.stride(0),
                           diagonal && call.arguments.causal ? call.causal_visibility.data() : nullptr};
     kernels.scale_one(tile, static_cast<Real>(call.form.scale_teacher));
     std::vector<RowStatistics>& sums = statistics[task.problem];
-    RowStatistics* mirrored =
-        diagonal || call.arguments.causal ? nullptr : &sums[task.column_block * call.tile_rows];
+    RowStatistics* mirrored = diagonal || call.arguments.causal ? nullptr : &sums[task.column_block * call.tile_rows];
     kernels.accumulate_lse(tile, &sums[task.row_block * call.tile_rows], mirrored);
   });
 }
@@ -118,7 +122,7 @@ void lse_groups(const RelationCall& call, const at::Tensor& lse) {
     for (size_t i = 0; i < matrices.size(); ++i) {
       std::vector<RowResult> results;
       for (const RowStatistics& row : statistics[i]) {
-        results.push_back({0, row.max_teacher + std::log(row.sum_teacher), 0, 0});
+        results.push_back({0, row.max_teacher + std::log(row.sum_teacher), 0, 0, false});
       }
       const Problem& problem = call.problems[call.groups[group] + i];
       write_rows(call.head_of(lse, problem), *problem.rows, results, &RowResult::lse_teacher);
@@ -130,8 +134,8 @@ void lse_groups(const RelationCall& call, const at::Tensor& lse) {
 
 at::Tensor relation_lse(const RelationArguments& arguments) {
   const KernelScope scope;
-  at::Tensor lse = at::zeros(arguments.teacher.sizes().slice(0, 3),
-                             arguments.teacher.options().dtype(statistics_dtype(arguments)));
+  at::Tensor lse =
+      at::zeros(arguments.teacher.sizes().slice(0, 3), arguments.teacher.options().dtype(statistics_dtype(arguments)));
   const RelationCall call(arguments, nullptr);
   if (call.form.compute == at::kFloat) {
     lse_groups<float>(call, lse);

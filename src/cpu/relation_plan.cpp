@@ -16,7 +16,8 @@ int64_t workspace_bytes(const RelationCall& call, bool backward) {
   const std::vector<size_t> groups = group_boundaries(call.problems, call.tile_rows, row_bytes);
   for (size_t group = 0; group + 1 < groups.size(); ++group) {
     int64_t rows = 0;
-    for (size_t p = groups[group]; p < groups[group + 1]; ++p) rows += call.problems[p].rows->length;
+    for (size_t p = groups[group]; p < groups[group + 1]; ++p)
+      rows += call.problems[p].rows->length;
     largest_group = std::max(largest_group, rows * row_bytes);
   }
   return TileBuffers::bytes(call.tile_rows, call.form.compute) + largest_group;

@@ -27,7 +27,8 @@ inline int64_t block_count(int64_t length, int64_t tile_rows) { return (length +
 template <typename Append>
 void symmetric_round(int64_t blocks, int64_t round, const Append& append) {
   if (round == 0) {
-    for (int64_t block = 0; block < blocks; ++block) append(block, block);
+    for (int64_t block = 0; block < blocks; ++block)
+      append(block, block);
     return;
   }
   const int64_t seats = blocks + blocks % 2;  // an odd number of blocks leaves one out in each round
@@ -38,7 +39,8 @@ void symmetric_round(int64_t blocks, int64_t round, const Append& append) {
     if (a < blocks && b < blocks) append(std::max(a, b), std::min(a, b));
   };
   pair(seats - 1, turn);
-  for (int64_t k = 1; k < seats / 2; ++k) pair((turn + k) % circle, (turn - k + circle) % circle);
+  for (int64_t k = 1; k < seats / 2; ++k)
+    pair((turn + k) % circle, (turn - k + circle) % circle);
 }
 
 inline int64_t symmetric_rounds(int64_t blocks) { return blocks < 2 ? 1 : blocks + blocks % 2; }
@@ -58,7 +60,8 @@ template <typename Task>
 void run_tasks(const std::vector<TileTask>& tasks, const Task& task) {
   at::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end) {
     const KernelScope scope;  // dispatch state does not follow into worker threads
-    for (int64_t i = begin; i < end; ++i) task(tasks[static_cast<size_t>(i)]);
+    for (int64_t i = begin; i < end; ++i)
+      task(tasks[static_cast<size_t>(i)]);
   });
 }
 
@@ -66,7 +69,8 @@ void run_tasks(const std::vector<TileTask>& tasks, const Task& task) {
 template <typename Task>
 void run_symmetric(const std::vector<int64_t>& blocks, const Task& task) {
   int64_t rounds = 0;
-  for (const int64_t count : blocks) rounds = std::max(rounds, symmetric_rounds(count));
+  for (const int64_t count : blocks)
+    rounds = std::max(rounds, symmetric_rounds(count));
   std::vector<TileTask> tasks;
   for (int64_t round = 0; round < rounds; ++round) {
     tasks.clear();

@@ -17,10 +17,11 @@ std::vector<RowStatistics> empty_statistics(int64_t rows);
 
 /// What a row's statistics amount to, in double.
 struct RowResult {
-  double kl;              ///< KL(teacher || student)
+  double kl;  ///< KL(teacher || student)
   double lse_teacher;
   double lse_student;
   double lse_difference;  ///< lse_student - lse_teacher, to the precision of a small difference
+  bool cancels;           ///< the shift was far off and kl is a small difference of large sums: see refine_rows
 };
 
 /// A Jensen-Shannon divergence lies in [0, entropy of beta]; the rounding of huge logits can say otherwise. NaN stays.
@@ -51,7 +52,7 @@ struct RowVectors {
 void write_rows(const at::Tensor& head,
                 const RowSet& rows,
                 const std::vector<RowResult>& results,
-                double RowResult::*field);
+                double RowResult::* field);
 
 /// The values of a head's rows out of `head` [N].
 template <typename Real>

@@ -45,7 +45,8 @@ template <typename Real>
 void scale_one(const Tile<Real>& tile, Real scale) {
   for (int64_t i = 0; i < tile.rows; ++i) {
     Real* row = tile.teacher + i * tile.stride;
-    for (int64_t j = 0; j < tile.columns; j += kLanes<Real>) store<Real>(row + j, scaled<Real>(load(row + j), scale));
+    for (int64_t j = 0; j < tile.columns; j += kLanes<Real>)
+      store<Real>(row + j, scaled<Real>(load(row + j), scale));
   }
 }
 
@@ -94,8 +95,8 @@ struct SumAccumulator {
   };
 
   template <bool kMasked>
-  LINEARARD_INLINE void add(SumAccumulator& sums, Vector<Real> t, Vector<Real> delta, const Reference& reference,
-                            Integers<Real> keep) {
+  LINEARARD_INLINE void add(
+      SumAccumulator& sums, Vector<Real> t, Vector<Real> delta, const Reference& reference, Integers<Real> keep) {
     Vector<Real> weight = exponential<Real>(t - reference.max_teacher);
     Vector<Real> student_weight = exponential<Real>(t + delta - reference.max_student);
     Vector<Real> shifted = delta - reference.shift;
@@ -119,7 +120,8 @@ struct SumAccumulator {
 template <typename Real, typename Whole, typename Partial>
 LINEARARD_INLINE void for_each_vector(int64_t count, const Whole& whole, const Partial& partial) {
   int64_t j = 0;
-  for (; j + kLanes<Real> <= count; j += kLanes<Real>) whole(j);
+  for (; j + kLanes<Real> <= count; j += kLanes<Real>)
+    whole(j);
   if (j < count) {
     const Integers<Real> limit = Integers<Real>{} + static_cast<typename VectorOf<Real>::Bits>(count);
     partial(j, indices_from<Real>(j) < limit);
@@ -129,8 +131,8 @@ LINEARARD_INLINE void for_each_vector(int64_t count, const Whole& whole, const P
 /// The first estimate of lse_student - lse_teacher of a row, from its first tile: with it as the shift, delta - shift
 /// is small wherever the teacher has mass and the sums of phi keep the relative precision of a small divergence.
 template <typename Real>
-LINEARARD_INLINE double first_shift(const Real* t, const Real* delta, int64_t count, Real max_teacher,
-                                    Real max_student) {
+LINEARARD_INLINE double first_shift(
+    const Real* t, const Real* delta, int64_t count, Real max_teacher, Real max_student) {
   Vector<Real> teacher{};
   Vector<Real> student{};
   const auto whole = [&](int64_t j) {
@@ -173,8 +175,8 @@ void accumulate_rows(const Tile<Real>& tile, RowStatistics* rows) {
     if (!row.started) {
       // Rounded to Real here, because that is what the inner loop subtracts.
       // A row with one key has no divergence: with its delta as the shift that is exact.
-      row.shift = count == 1 ? delta[0]
-                             : static_cast<Real>(first_shift<Real>(t, delta, count, max_teacher, max_student));
+      row.shift =
+          count == 1 ? delta[0] : static_cast<Real>(first_shift<Real>(t, delta, count, max_teacher, max_student));
       row.started = true;
     }
 
@@ -214,8 +216,8 @@ void accumulate_columns(const Tile<Real>& tile, RowStatistics* columns) {
       reference.max_student = maximum<Real>(reference.max_student, t + delta);
     }
     for (int64_t lane = 0; lane < lanes; ++lane) {
-      reference.student_factor[lane] = student_factor<Real>(reference.max_teacher[lane], reference.max_student[lane],
-                                                            columns[j + lane].shift);
+      reference.student_factor[lane] =
+          student_factor<Real>(reference.max_teacher[lane], reference.max_student[lane], columns[j + lane].shift);
     }
     SumAccumulator<Real> sums;
     for (int64_t i = 0; i < tile.rows; ++i) {
@@ -255,8 +257,10 @@ void accumulate_lse(const Tile<Real>& tile, RowStatistics* rows, RowStatistics* 
   for (int64_t j = 0; j < tile.columns; j += kLanes<Real>) {
     const int64_t lanes = tile.columns - j < kLanes<Real> ? tile.columns - j : kLanes<Real>;
     Vector<Real> maxima{};
-    for (int64_t lane = 0; lane < lanes; ++lane) maxima[lane] = static_cast<Real>(columns[j + lane].max_teacher);
-    for (int64_t i = 0; i < tile.rows; ++i) maxima = maximum<Real>(maxima, load(tile.teacher + i * tile.stride + j));
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      maxima[lane] = static_cast<Real>(columns[j + lane].max_teacher);
+    for (int64_t i = 0; i < tile.rows; ++i)
+      maxima = maximum<Real>(maxima, load(tile.teacher + i * tile.stride + j));
     Vector<Real> sum{};
     for (int64_t i = 0; i < tile.rows; ++i) {
       sum += exponential<Real>(load(tile.teacher + i * tile.stride + j) - maxima);

@@ -130,7 +130,10 @@ struct Visibility {
 };
 
 template <typename Real, Gradient kGradient, bool kColumns, bool kDiagonal>
-void gradient_of_kind(TileKind kind, Real beta, const Tile<Real>& tile, const RowReference<Real>& rows,
+void gradient_of_kind(TileKind kind,
+                      Real beta,
+                      const Tile<Real>& tile,
+                      const RowReference<Real>& rows,
                       const RowReference<Real>& columns) {
   using Reference = ReferenceVector<Real>;
   for (int64_t i = 0; i < tile.rows; ++i) {
@@ -148,8 +151,8 @@ void gradient_of_kind(TileKind kind, Real beta, const Tile<Real>& tile, const Ro
       row_sum += value;
       if constexpr (kColumns) {
         const Reference column = Reference::of_columns(columns, j);
-        Vector<Real> mirrored = column.weight * gradient_term<Real, kGradient>(Reference::entry(column, t_j, delta_j),
-                                                                                column.mean, beta);
+        Vector<Real> mirrored =
+            column.weight * gradient_term<Real, kGradient>(Reference::entry(column, t_j, delta_j), column.mean, beta);
         if (masked) mirrored = visible.column ? mirrored : Vector<Real>{};
         if constexpr (!kDiagonal) store<Real>(columns.sum + j, load(columns.sum + j) + mirrored);
         value += mirrored;
@@ -158,16 +161,22 @@ void gradient_of_kind(TileKind kind, Real beta, const Tile<Real>& tile, const Ro
     };
     int64_t j = 0;
     if constexpr (!kDiagonal) {
-      for (; j + kLanes<Real> <= count; j += kLanes<Real>) visit(j, Visibility<Real>{}, false);
+      for (; j + kLanes<Real> <= count; j += kLanes<Real>)
+        visit(j, Visibility<Real>{}, false);
     }
-    for (; j < count; j += kLanes<Real>) visit(j, Visibility<Real>::of(kind, i, j, count), true);
-    for (; j < tile.columns; j += kLanes<Real>) store<Real>(t + j, Vector<Real>{});
+    for (; j < count; j += kLanes<Real>)
+      visit(j, Visibility<Real>::of(kind, i, j, count), true);
+    for (; j < tile.columns; j += kLanes<Real>)
+      store<Real>(t + j, Vector<Real>{});
     if (rows.sum != nullptr) rows.sum[i] += static_cast<Real>(sum_of_lanes<Real>(row_sum));
   }
 }
 
 template <typename Real, Gradient kGradient>
-void gradient_of(TileKind kind, Real beta, const Tile<Real>& tile, const RowReference<Real>& rows,
+void gradient_of(TileKind kind,
+                 Real beta,
+                 const Tile<Real>& tile,
+                 const RowReference<Real>& rows,
                  const RowReference<Real>& columns) {
   switch (kind) {
     case TileKind::kRows:
@@ -181,7 +190,11 @@ void gradient_of(TileKind kind, Real beta, const Tile<Real>& tile, const RowRefe
 }
 
 template <typename Real>
-void gradient(Gradient gradient, TileKind kind, Real beta, const Tile<Real>& tile, const RowReference<Real>& rows,
+void gradient(Gradient gradient,
+              TileKind kind,
+              Real beta,
+              const Tile<Real>& tile,
+              const RowReference<Real>& rows,
               const RowReference<Real>& columns) {
   switch (gradient) {
     case Gradient::kForwardKL:
@@ -194,7 +207,10 @@ void gradient(Gradient gradient, TileKind kind, Real beta, const Tile<Real>& til
 }
 
 template <typename Real, Expectation kExpectation>
-void expectation_of(TileKind kind, Real beta, const Tile<Real>& tile, const RowReference<Real>& rows,
+void expectation_of(TileKind kind,
+                    Real beta,
+                    const Tile<Real>& tile,
+                    const RowReference<Real>& rows,
                     const RowReference<Real>& columns) {
   using Reference = ReferenceVector<Real>;
   for (int64_t i = 0; i < tile.rows; ++i) {
@@ -220,8 +236,12 @@ void expectation_of(TileKind kind, Real beta, const Tile<Real>& tile, const RowR
 }
 
 template <typename Real>
-void accumulate_expectation(Expectation expectation, TileKind kind, Real beta, const Tile<Real>& tile,
-                            const RowReference<Real>& rows, const RowReference<Real>& columns) {
+void accumulate_expectation(Expectation expectation,
+                            TileKind kind,
+                            Real beta,
+                            const Tile<Real>& tile,
+                            const RowReference<Real>& rows,
+                            const RowReference<Real>& columns) {
   switch (expectation) {
     case Expectation::kJsdValue:
       return expectation_of<Real, Expectation::kJsdValue>(kind, beta, tile, rows, columns);

@@ -14,8 +14,8 @@ inline constexpr int64_t kVectorPadding = 16;
 /// One tile of logits, rows x columns, `stride` elements between rows (a multiple of kVectorPadding).
 template <typename Real>
 struct Tile {
-  Real* teacher;          ///< t_ij (before scale_tile: the inner products)
-  Real* difference;       ///< delta_ij = s_ij - t_ij (before scale_tile: see TileScale)
+  Real* teacher;     ///< t_ij (before scale_tile: the inner products)
+  Real* difference;  ///< delta_ij = s_ij - t_ij (before scale_tile: see TileScale)
   int64_t rows;
   int64_t columns;
   int64_t stride;
@@ -54,9 +54,9 @@ struct RowReference {
 
 /// Which entries of a tile a pass visits.
 enum class TileKind {
-  kRows,         ///< entry (i, j) for row i only, honouring `visible`
-  kRowsColumns,  ///< entry (i, j) for row i and, the relation being symmetric, entry (j, i) for row j
-  kDiagonal,     ///< a square tile on the diagonal, all rows; the gradient leaves out i == j
+  kRows,            ///< entry (i, j) for row i only, honouring `visible`
+  kRowsColumns,     ///< entry (i, j) for row i and, the relation being symmetric, entry (j, i) for row j
+  kDiagonal,        ///< a square tile on the diagonal, all rows; the gradient leaves out i == j
   kDiagonalCausal,  ///< the same with j <= i only; the gradient has j < i for row i and i < j for row j
 };
 
@@ -83,11 +83,19 @@ struct TileKernels {
   /// Only max_teacher and sum_teacher, from tile.teacher (already scaled); rows and, if not null, columns.
   void (*accumulate_lse)(const Tile<Real>& tile, RowStatistics* rows, RowStatistics* columns);
   /// Sums of an expectation over a tile; beta is the teacher's weight of the Jensen-Shannon mixture.
-  void (*accumulate_expectation)(Expectation expectation, TileKind kind, Real beta, const Tile<Real>& tile,
-                                 const RowReference<Real>& rows, const RowReference<Real>& columns);
+  void (*accumulate_expectation)(Expectation expectation,
+                                 TileKind kind,
+                                 Real beta,
+                                 const Tile<Real>& tile,
+                                 const RowReference<Real>& rows,
+                                 const RowReference<Real>& columns);
   /// tile.teacher becomes H_ij = G_ij (+ G_ji); G's row sums without the diagonal go to rows.sum and columns.sum.
-  void (*gradient)(Gradient gradient, TileKind kind, Real beta, const Tile<Real>& tile,
-                   const RowReference<Real>& rows, const RowReference<Real>& columns);
+  void (*gradient)(Gradient gradient,
+                   TileKind kind,
+                   Real beta,
+                   const Tile<Real>& tile,
+                   const RowReference<Real>& rows,
+                   const RowReference<Real>& columns);
 };
 
 /// The kernels of the instruction set that ATen has chosen for this process (ATEN_CPU_CAPABILITY is honoured).

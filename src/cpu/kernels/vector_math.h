@@ -77,14 +77,16 @@ LINEARARD_INLINE Vector<Real> minimum(Vector<Real> a, Vector<Real> b) {
 template <typename Real>
 LINEARARD_INLINE double sum_of_lanes(Vector<Real> value) {
   double sum = 0;
-  for (int64_t lane = 0; lane < kLanes<Real>; ++lane) sum += static_cast<double>(value[lane]);
+  for (int64_t lane = 0; lane < kLanes<Real>; ++lane)
+    sum += static_cast<double>(value[lane]);
   return sum;
 }
 
 template <typename Real>
 LINEARARD_INLINE Real maximum_of_lanes(Vector<Real> value) {
   Real best = value[0];
-  for (int64_t lane = 1; lane < kLanes<Real>; ++lane) best = value[lane] > best ? value[lane] : best;
+  for (int64_t lane = 1; lane < kLanes<Real>; ++lane)
+    best = value[lane] > best ? value[lane] : best;
   return best;
 }
 
@@ -112,8 +114,8 @@ struct FloatTraits<float> {
   static constexpr float kExpUnderflow = -87.0F;
   static constexpr float kExpOverflow = 80.0F;
   static constexpr float kTiny = 1.17549435e-38F;
-  static constexpr int kExpTerms = 6;     // phi(r) / r^2 up to r^6: 1e-7 relative for |r| <= ln(2) / 2
-  static constexpr int kAtanhTerms = 4;   // up to z^9: 2e-9 for |z| <= 0.172
+  static constexpr int kExpTerms = 6;    // phi(r) / r^2 up to r^6: 1e-7 relative for |r| <= ln(2) / 2
+  static constexpr int kAtanhTerms = 4;  // up to z^9: 2e-9 for |z| <= 0.172
 };
 
 template <>
@@ -133,9 +135,8 @@ struct FloatTraits<double> {
 
 /// 1/2!, 1/3!, ...: coefficients of phi(r) / r^2.
 inline constexpr double kInverseFactorials[] = {
-    1.0 / 2,          1.0 / 6,           1.0 / 24,          1.0 / 120,         1.0 / 720,
-    1.0 / 5040,       1.0 / 40320,       1.0 / 362880,      1.0 / 3628800,     1.0 / 39916800,
-    1.0 / 479001600,  1.0 / 6227020800., 1.0 / 87178291200.};
+    1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,         1.0 / 5040,        1.0 / 40320,
+    1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800., 1.0 / 87178291200.};
 
 /// x = power ln 2 + remainder, and 2^power.
 template <typename Real>
