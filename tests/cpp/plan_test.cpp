@@ -33,7 +33,7 @@ TEST(Plan, MemoryIsLinearInTheNumberOfTokens) {
   // Tile buffers of a few MiB for each thread, and vectors: never more than D + 8 numbers for each token and head.
   for (int64_t tokens = 64; tokens <= 32768; tokens *= 2) {
     const ExecutionPlan plan = plan_relation_kl(vectors(tokens), vectors(tokens));
-    const int64_t largest = 4 * 1024 * 1024 * plan.threads + 4 * 9 * tokens * (64 + 8);
+    const int64_t largest = 8 * 1024 * 1024 * plan.threads + 4 * 9 * tokens * (64 + 8);
     EXPECT_LE(plan.workspace_bytes_forward, largest) << tokens;
     EXPECT_LE(plan.workspace_bytes_backward, largest) << tokens;
   }

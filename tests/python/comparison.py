@@ -87,6 +87,25 @@ def _largest(logits: Tensor, visible: Tensor) -> Tensor:
     return magnitude.amax(-1) if magnitude.shape[-1] else magnitude.sum(-1)
 
 
+def _subtracted_terms(divergence: str, p: Tensor, q: Tensor, rows: oracle.Rows) -> Tensor:
+    """Magnitude of what is subtracted to form the gradient on a logit; for the forward KL that is P, as promised."""
+    if divergence == "forward_kl":
+        return p
+    if divergence == "jsd":
+        return p + q
+    tiny = torch.finfo(torch.float64).tiny
+    log_ratio = (q.clamp(min=tiny) / p.clamp(min=tiny)).log()
+    return q * (1.0 + log_ratio.abs() + rows.kl[..., None])
+
+
+def _vector_gradients(weights: Tensor, query: Tensor, key: Tensor, scale: float, self_relation: bool):
+    """Gradients on the vectors from weights [B, Hq, Nq, Nk] on the logits: (scale (G + G^T) X,), or one each."""
+    repeats = query.shape[1] // max(key.shape[1], 1)
+    by_query = scale * (weights @ key.repeat_interleave(repeats, dim=1))
+    by_key = scale * (weights.transpose(-1, -2) @ query)
+    return (by_query + by_key,) if self_relation else (by_query, _merge_groups(by_key, key.shape[1]))
+
+
 def _expected(
     student: Side,
     teacher: Side,
@@ -96,65 +115,41 @@ def _expected(
     self_relation: bool,
     divergence: str,
     beta: float,
+    promised_floor: bool = False,
 ) -> Expected:
     unit = UNIT_ROUNDOFF[dtype]
     with torch.enable_grad():
-        student_logits = student.logits().detach().requires_grad_()
-        teacher_logits = teacher.logits().detach().requires_grad_()
-        rows = oracle.divergence_rows(student_logits, teacher_logits, visible, divergence, beta)
-        by_student, by_teacher = torch.autograd.grad(rows.kl.sum(), (student_logits, teacher_logits))
+        s, t = (side.logits().detach().requires_grad_() for side in (student, teacher))
+        rows = oracle.divergence_rows(s, t, visible, divergence, beta)
+        by_student, by_teacher = torch.autograd.grad(rows.kl.sum(), (s, t))
     rows = oracle.Rows(*(value.detach() for value in rows))
-    visible = visible.expand_as(student_logits)
-    q = (student_logits.detach() - rows.lse_student[..., None]).exp().masked_fill(~visible, 0.0)
-    p = (teacher_logits.detach() - rows.lse_teacher[..., None]).exp().masked_fill(~visible, 0.0)
-    student_rounding = student.rounding(unit).masked_fill(~visible, 0.0)
-    teacher_rounding = teacher.rounding(unit).masked_fill(~visible, 0.0)
-    second_order = 0.5 * ((p + q) * (student_rounding + teacher_rounding) ** 2).sum(-1)
-    row_rounding = (by_student.abs() * student_rounding + by_teacher.abs() * teacher_rounding).sum(-1) + second_order
+    s, t, hidden = s.detach(), t.detach(), ~visible
+    q = (s - rows.lse_student[..., None]).exp().masked_fill(hidden, 0.0)
+    p = (t - rows.lse_teacher[..., None]).exp().masked_fill(hidden, 0.0)
+
+    # Of a logit, and of the log-probability that it becomes.
+    of_student = student.rounding(unit) + 4.0 * unit * (1.0 + rows.lse_student.abs()[..., None])
+    of_teacher = teacher.rounding(unit) + 4.0 * unit * (1.0 + rows.lse_teacher.abs()[..., None])
+    second_order = 0.5 * ((p + q) * (of_student + of_teacher) ** 2).sum(-1)
+    row_rounding = (by_student.abs() * of_student + by_teacher.abs() * of_teacher).sum(-1) + second_order
 
     upstream = grad_kl.double()[..., None]
-    logit_gradient = upstream * by_student
-    # Magnitude of what is subtracted to form the gradient on a logit; for the forward KL that is P, as promised.
-    if divergence == "forward_kl":
-        terms = p
-    elif divergence == "reverse_kl":
-        log_ratio = student_logits.detach() - rows.lse_student[..., None]
-        log_ratio = log_ratio - (teacher_logits.detach() - rows.lse_teacher[..., None])
-        terms = q * (1.0 + log_ratio.abs() + rows.kl[..., None])
-    else:
-        terms = p + q
-    terms = upstream.abs() * terms
-    floor_factor = GRADIENT_FLOOR * (unit / UNIT_ROUNDOFF[torch.float32])
-    floor_factor = floor_factor * (1.0 + _size_of_logits(student_logits.detach(), visible, self_relation))
-    key = student.key.repeat_interleave(student.query.shape[1] // max(student.key.shape[1], 1), dim=1)
-
-    def by_query(weights: Tensor) -> Tensor:
-        return student.scale * (weights @ key)
-
-    def by_key(weights: Tensor) -> Tensor:
-        return student.scale * (weights.transpose(-1, -2) @ student.query)
-
-    def norm(x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x, dim=(-1, -2))
-
-    if self_relation:
-        gradients = (by_query(logit_gradient) + by_key(logit_gradient),)
-        floors = (floor_factor * norm(by_query(terms) + by_key(terms)),)
-    else:
-        heads = student.key.shape[1]
-        gradients = (by_query(logit_gradient), _merge_groups(by_key(logit_gradient), heads))
-        floors = (
-            floor_factor * norm(by_query(terms)),
-            norm(_merge_groups(floor_factor[..., None, None] * by_key(terms), heads)),
-        )
+    gradients = _vector_gradients(upstream * by_student, student.query, student.key, student.scale, self_relation)
+    # The promised floor multiplies X itself; roundings have signs of their own, so in general magnitudes add up.
+    query, key = (x if promised_floor else x.abs() for x in (student.query, student.key))
+    size = 1.0 + _size_of_logits(s, visible, self_relation)
+    weights = GRADIENT_FLOOR * (unit / UNIT_ROUNDOFF[torch.float32]) * size[..., None, None] * upstream.abs()
+    floors = _vector_gradients(
+        weights * _subtracted_terms(divergence, p, q, rows), query, key, abs(student.scale), self_relation
+    )
     return Expected(
         rows,
         row_rounding,
-        (q * student_rounding).sum(-1),
-        (p * teacher_rounding).sum(-1),
-        torch.maximum(_largest(student_logits, visible), _largest(teacher_logits, visible)),
+        (q * of_student).sum(-1),
+        (p * of_teacher).sum(-1),
+        torch.maximum(_largest(s, visible), _largest(t, visible)),
         gradients,
-        floors,
+        tuple(torch.linalg.vector_norm(floor, dim=(-1, -2)) for floor in floors),
         dtype,
     )
 
@@ -164,8 +159,10 @@ def _default_scale(scale: float | None, x: Tensor) -> float:
 
 
 def expected_relation(student: Tensor, teacher: Tensor, grad_kl: Tensor | None = None, **options) -> Expected:
-    """Exact results for relation_kl_forward and relation_kl_backward; grad_kl [B, H, N] defaults to ones."""
-    options = dict(options)
+    """Exact results for relation_kl_forward and relation_kl_backward; grad_kl [B, H, N] defaults to ones.
+
+    Beside the options of the operator: promised_floor=True takes the gradient's floor exactly as it is promised.
+    """
     mask = options.get("key_padding_mask")
     tokens = student.shape[2]
     visible = oracle.visibility(
@@ -187,6 +184,7 @@ def expected_relation(student: Tensor, teacher: Tensor, grad_kl: Tensor | None =
         True,
         options.get("divergence", "forward_kl"),
         options.get("beta", 0.5),
+        options.get("promised_floor", False),
     )
 
 
@@ -221,6 +219,7 @@ def expected_attention(inputs: tuple[Tensor, ...], grad_kl: Tensor | None = None
         False,
         options.get("divergence", "forward_kl"),
         options.get("beta", 0.5),
+        options.get("promised_floor", False),
     )
 
 

@@ -14,6 +14,11 @@ hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+# The problems are small, and where other programs run too, threads that wait for each other take ten times as long as
+# one thread alone. test_determinism.py holds two threads against one, bit by bit.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device that this machine has."""

@@ -22,9 +22,9 @@ def pair(shape, device, dtype=torch.float32):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_gradcheck_of_the_relation(device, divergence, causal, reduction):
-    student, teacher = pair((2, 2, 6, 3), device, torch.float64)
-    mask = torch.tensor([[True] * 6, [True, True, False, True, True, False]], device=device)
-    row_weight = torch.rand(2, 6, dtype=torch.float64, device=device)
+    student, teacher = pair((2, 1, 5, 2), device, torch.float64)
+    mask = torch.tensor([[True] * 5, [True, True, False, True, False]], device=device)
+    row_weight = torch.rand(2, 5, dtype=torch.float64, device=device)
 
     def function(x):
         return ops.relation_kl(
@@ -44,8 +44,8 @@ def test_gradcheck_of_the_relation(device, divergence, causal, reduction):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradcheck_of_the_attention(device, divergence, causal):
-    query, query_teacher = pair((1, 4, 5, 3), device, torch.float64)
-    key, key_teacher = pair((1, 2, 7, 3), device, torch.float64)
+    query, query_teacher = pair((1, 2, 4, 2), device, torch.float64)
+    key, key_teacher = pair((1, 1, 5, 2), device, torch.float64)
 
     def function(x, z):
         return ops.attention_kl(
@@ -56,8 +56,8 @@ def test_gradcheck_of_the_attention(device, divergence, causal):
 
 
 def test_gradcheck_of_packed_sequences_and_scales(device):
-    student, teacher = pair((1, 2, 9, 3), device, torch.float64)
-    cu_seqlens = torch.tensor([0, 4, 9], device=device)
+    student, teacher = pair((1, 1, 6, 2), device, torch.float64)
+    cu_seqlens = torch.tensor([0, 2, 6], device=device)
 
     def function(x):
         return ops.relation_kl(x, teacher, cu_seqlens=cu_seqlens, scale_student=-0.7, scale_teacher=1.3)

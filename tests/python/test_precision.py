@@ -22,14 +22,14 @@ from generators import GENERATORS, LARGEST_DIAGONAL, PROFILES, perturbed, realis
 import linearard  # noqa: F401  (registers the operators)
 
 ops = torch.ops.linearard
-HEADS, TOKENS, HEAD_DIM = len(PROFILES), 300, 64
+HEADS, TOKENS, HEAD_DIM = len(PROFILES), 200, 64
 EPS = [0.3, 0.1, 0.03, 0.01, 0.003]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def check_promise(student, teacher, **options) -> None:
     """No allowance for the rounding of logits in the values, none but the promised floor in the gradient."""
-    expected = expected_relation(student, teacher, **options)
+    expected = expected_relation(student, teacher, promised_floor=True, **options)
     kl, lse_student, lse_teacher = ops.relation_kl_forward(student, teacher, **options)
     gradient = ops.relation_kl_backward(torch.ones_like(kl), student, teacher, lse_student, lse_teacher, **options)
     assert kl.min().item() >= -TINY_VALUE_PROMISE
@@ -74,13 +74,13 @@ def test_causal(device, data, eps):
 @pytest.mark.parametrize("head_dim", [8, 128, 256])
 @pytest.mark.parametrize("data", GENERATORS)
 def test_other_head_dims(device, data, head_dim):
-    teacher = GENERATORS[data](1, HEADS, 200, head_dim, seed=11, device=device)
+    teacher = GENERATORS[data](1, HEADS, 150, head_dim, seed=11, device=device)
     check_promise(perturbed(teacher, 0.03).float(), teacher.float())
 
 
 def test_long_sequence(device):
     """More tokens than any tile, so that partial sums of many tiles meet."""
-    teacher = realistic(1, 2, 1500, HEAD_DIM, seed=13, device=device)
+    teacher = realistic(1, 2, 1100, HEAD_DIM, seed=13, device=device)
     check_promise(perturbed(teacher, 0.02).float(), teacher.float())
 
 
@@ -105,7 +105,7 @@ def test_other_divergences_never_below_zero(device, divergence, eps, data):
 @pytest.mark.parametrize("data", GENERATORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_maps(device, dtype, data, eps):
-    teacher = [GENERATORS[data](1, HEADS, 300, HEAD_DIM, seed=seed, device=device) for seed in (17, 18)]
+    teacher = [GENERATORS[data](1, HEADS, 150, HEAD_DIM, seed=seed, device=device) for seed in (17, 18)]
     student = [perturbed(x, eps, seed=seed).to(dtype) for seed, x in enumerate(teacher, 19)]
     teacher = [x.to(dtype) for x in teacher]
     expected = expected_attention((*student, *teacher))
