@@ -88,6 +88,8 @@ def restore(config: ARDConfig, display: Display) -> Restoration | None:
         if reports:
             trainer.add_callback(ProgressReport(progress))
         trainer.train(resume_from_checkpoint=checkpoint)
+    # Mixed precision was for training: the evaluations before it were in float32, too.
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     if before is None:
         return None
     with clock.measure("evaluate"):

@@ -76,14 +76,21 @@ def test_restore_from_end_to_end(model: Path, text: Path, tmp_path: Path, capsys
         difference = restored(random_ids(1, 8)).logits - load_model(str(model))(random_ids(1, 8)).logits
     assert difference.abs().max() > 1e-3
 
-    # What restore reports, evaluate reports of the saved model.
-    numbers = tmp_path / "numbers.json"
+
+@pytest.mark.parametrize("mixed_precision", [[], ["--bf16", "true"]], ids=["float32", "bfloat16"])
+def test_evaluate_finds_what_restore_reports(
+    mixed_precision: list[str], model: Path, text: Path, tmp_path: Path
+) -> None:
+    output, numbers = tmp_path / "run", tmp_path / "numbers.json"
+    assert main(restore_arguments(model, text, output, *mixed_precision, "--report_to", "none")) == 0
+    reported = json.loads((output / "metrics.json").read_text())["restored"]
     measure = [*SMALL[2:10], "--device", "cpu", "--output", str(numbers)]
     assert main(["evaluate", "--model", str(output / "model"), "--teacher", str(model), *measure]) == 0
     evaluation = json.loads(numbers.read_text())
-    assert evaluation["perplexity"] == pytest.approx(metrics["restored"]["perplexity"], rel=1e-4)
-    assert evaluation["last_word_perplexity"] == pytest.approx(metrics["restored"]["last_word_perplexity"], rel=1e-4)
-    for name, values in after.items():
+    # Equal but for the rounding of merging the adapters: training in bfloat16 is no reason to measure in it.
+    assert evaluation["perplexity"] == pytest.approx(reported["perplexity"], rel=1e-5)
+    assert evaluation["last_word_perplexity"] == pytest.approx(reported["last_word_perplexity"], rel=1e-5)
+    for name, values in reported["relation_kl"].items():
         assert evaluation["relation_kl"][name] == pytest.approx(values, rel=1e-2, abs=1e-5)
 
 
