@@ -134,7 +134,10 @@ class ARDConfig(EvaluationConfig, TrainingArguments):
     )
     logging_steps: float = _option(1, "Log the loss every so many steps.")
     save_strategy: str = _option("no", "When to write checkpoints to resume from: no, steps or epoch.")
-    report_to: None | str | list[str] = _option("tensorboard", "Where the loss is logged: tensorboard, none, ...")
+    # The order of the types is that of transformers, whose parser depends on it.
+    report_to: None | str | list[str] = _option(  # noqa: RUF036
+        "tensorboard", "Where the loss is logged: tensorboard, none, ..."
+    )
 
     def __post_init__(self) -> None:
         # Taken here, because transformers' part replaces settings by enumerations, lists and paths.
