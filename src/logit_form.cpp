@@ -5,6 +5,7 @@
 #include <optional>
 #include <utility>
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/nan_to_num.h>
 
@@ -121,6 +122,23 @@ LogitForm choose_logit_form(const AttentionArguments& arguments, const at::Tenso
     sizes.add_gradient(*grad_kl, std::max(queries, arguments.key_student.size(2)));
   }
   return choose(sizes, arguments.scale_student, arguments.scale_teacher);
+}
+
+ScaledDifference scaled_difference(const at::Tensor& student, const at::Tensor& teacher, const LogitForm& form) {
+  if (!form.difference) return {};
+  ScaledDifference result{student, {}};
+  if (form.student_ratio == 1) {
+    result.difference = student - teacher;
+  } else {
+    // In double: the rounding of ratio * x would otherwise be of the size of a small difference.
+    const at::Tensor exact = student.to(at::kDouble) * form.student_ratio;
+    result.difference = (exact - teacher).to(form.compute);
+    result.scaled_student = exact.to(form.compute);
+  }
+  // Far apart, s = t + delta would carry the rounding of a teacher's logit that may be much larger than s.
+  const double distance = at::linalg_vector_norm(result.difference).item<double>();
+  const double size = at::linalg_vector_norm(teacher).item<double>();
+  return distance < 0.7 * size ? result : ScaledDifference{};
 }
 
 }  // namespace linearard

@@ -15,7 +15,7 @@ namespace linearard {
 struct LogitForm {
   at::ScalarType compute = at::kFloat;  ///< of tiles and packed rows: float, or double
   bool wide = false;                    ///< double although no input is: their size would overflow float
-  /// delta by scale_teacher (d_i . x_j + y_i . d_j), d = x - y with x in the teacher's scale, rather than by s - t.
+  /// delta may be computed as scale_teacher (d_i . x_j + y_i . d_j) rather than as s - t: see ScaledDifference.
   bool difference = false;
   double student_multiplier = 1;  ///< power of two on packed student rows, against overflow of the products
   double teacher_multiplier = 1;
@@ -35,5 +35,15 @@ struct LogitForm {
 /// @param grad_kl upstream gradient in a backward, null in a forward
 LogitForm choose_logit_form(const RelationArguments& arguments, const at::Tensor* grad_kl);
 LogitForm choose_logit_form(const AttentionArguments& arguments, const at::Tensor* grad_kl);
+
+/// The operands of the difference form: d = x - y with x in the teacher's scale, [..., n, D] of the compute dtype.
+/// Undefined where the form does not allow it, and where student and teacher are so far apart that s - t is better.
+struct ScaledDifference {
+  at::Tensor scaled_student;
+  at::Tensor difference;
+};
+
+/// @param student, teacher packed rows
+ScaledDifference scaled_difference(const at::Tensor& student, const at::Tensor& teacher, const LogitForm& form);
 
 }  // namespace linearard

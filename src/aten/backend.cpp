@@ -16,7 +16,6 @@
 namespace linearard {
 namespace {
 
-using aten::DivergenceOptions;
 using aten::Gradients;
 using aten::RowValues;
 using aten::Vectors;

@@ -61,7 +61,7 @@ Block logits_of_block(const LogitForm& form,
                       int64_t count) {
   Block block;
   block.teacher = teacher_logits(form, rows, keys, begin, count);
-  if (form.difference) {
+  if (rows.difference.defined() && keys.difference.defined()) {
     const at::Tensor first = at::bmm(rows.difference.narrow(1, begin, count), keys.scaled_student.mT());
     const at::Tensor y = rows.teacher.narrow(1, begin, count);
     block.delta = at::baddbmm(first, y, keys.difference.mT()).mul_(form.scale_teacher);
@@ -151,16 +151,9 @@ Vectors pack_vectors(const at::Tensor& student, const at::Tensor& teacher, const
   Vectors packed{student.to(form.compute), teacher.to(form.compute), {}, {}};
   if (form.student_multiplier != 1) packed.student = packed.student * form.student_multiplier;
   if (form.teacher_multiplier != 1) packed.teacher = packed.teacher * form.teacher_multiplier;
-  if (!form.difference) return packed;
-  if (form.student_ratio == 1) {
-    packed.scaled_student = packed.student;
-    packed.difference = packed.student - packed.teacher;
-    return packed;
-  }
-  // In double: the rounding of ratio * x would otherwise be of the size of a small difference.
-  const at::Tensor exact = packed.student.to(at::kDouble) * form.student_ratio;
-  packed.difference = (exact - packed.teacher).to(form.compute);
-  packed.scaled_student = exact.to(form.compute);
+  const ScaledDifference scaled = scaled_difference(packed.student, packed.teacher, form);
+  packed.scaled_student = scaled.scaled_student;
+  packed.difference = scaled.difference;
   return packed;
 }
 

@@ -41,22 +41,22 @@ void forward_groups(const AttentionCall& call,
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(const AttentionArguments& given) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(const AttentionArguments& arguments) {
   const KernelScope scope;
-  AttentionArguments arguments = given;
+  AttentionArguments roles = arguments;
   // KL(Q || P) is KL(P || Q) with the roles exchanged.
   const bool exchanged = arguments.divergence == Divergence::kReverseKL;
   if (exchanged) {
-    std::swap(arguments.query_student, arguments.query_teacher);
-    std::swap(arguments.key_student, arguments.key_teacher);
-    std::swap(arguments.scale_student, arguments.scale_teacher);
+    std::swap(roles.query_student, roles.query_teacher);
+    std::swap(roles.key_student, roles.key_teacher);
+    std::swap(roles.scale_student, roles.scale_teacher);
   }
-  const auto options = given.query_student.options().dtype(statistics_dtype(given));
-  const auto shape = given.query_student.sizes().slice(0, 3);
+  const auto options = arguments.query_student.options().dtype(statistics_dtype(arguments));
+  const auto shape = arguments.query_student.sizes().slice(0, 3);
   at::Tensor kl = at::zeros(shape, options);
   at::Tensor lse_student = at::zeros(shape, options);
   at::Tensor lse_teacher = at::zeros(shape, options);
-  const AttentionCall call(arguments, nullptr);
+  const AttentionCall call(roles, nullptr);
   if (call.form.compute == at::kFloat) {
     forward_groups<float>(call, kl, lse_student, lse_teacher);
   } else {
@@ -157,6 +157,7 @@ void backward_groups(const AttentionCall& call,
     const PackedGroup packed = call.pack(group);
     auto vectors = load_vectors<Real>(call, grad_kl, lse_student, lse_teacher, group, packed, buffers);
     std::vector<BlockedMatrix> grad_queries;
+    grad_queries.reserve(static_cast<size_t>(group.heads));
     for (int64_t head = 0; head < group.heads; ++head) {
       grad_queries.emplace_back(at::zeros({queries.length, dimension}, call.form.compute), call.tile_rows);
     }

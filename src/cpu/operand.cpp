@@ -36,16 +36,10 @@ Operand::Operand(const at::Tensor& student_head,
       student(pack_rows(student_head, rows, form.compute, form.student_multiplier), tile_rows),
       teacher(pack_rows(teacher_head, rows, form.compute, form.teacher_multiplier), tile_rows) {
   gradient = form.finite ? student : BlockedMatrix(at::nan_to_num(student.whole, 0, 0, 0), tile_rows);
-  if (!form.difference) return;
-  if (form.student_ratio == 1) {
-    scaled_student = student;
-    difference = BlockedMatrix(student.whole - teacher.whole, tile_rows);
-    return;
-  }
-  // In double: the rounding of ratio * x would otherwise be of the size of a small difference.
-  const at::Tensor exact = student.whole.to(at::kDouble) * form.student_ratio;
-  difference = BlockedMatrix((exact - teacher.whole).to(form.compute), tile_rows);
-  scaled_student = BlockedMatrix(exact.to(form.compute), tile_rows);
+  const ScaledDifference scaled = scaled_difference(student.whole, teacher.whole, form);
+  if (!scaled.difference.defined()) return;
+  difference = BlockedMatrix(scaled.difference, tile_rows);
+  scaled_student = form.student_ratio == 1 ? student : BlockedMatrix(scaled.scaled_student, tile_rows);
 }
 
 namespace {
@@ -60,7 +54,8 @@ TileBuffers::TileBuffers(int64_t tile_rows, at::ScalarType dtype)
 at::Tensor TileBuffers::of_this_thread() const { return buffers_.select(0, at::get_thread_num()); }
 
 int64_t TileBuffers::bytes(int64_t tile_rows, at::ScalarType dtype) {
-  return at::get_num_threads() * 2 * tile_rows * padded(tile_rows) * static_cast<int64_t>(c10::elementSize(dtype));
+  return int64_t{at::get_num_threads()} * 2 * tile_rows * padded(tile_rows) *
+         static_cast<int64_t>(c10::elementSize(dtype));
 }
 
 template <typename Real>
@@ -78,7 +73,8 @@ LogitTile<Real>::LogitTile(const LogitForm& form,
   teacher = buffers.as_strided({row_count, column_count}, {stride, 1}, buffers.storage_offset());
   difference = buffers.as_strided({row_count, column_count}, {stride, 1}, buffers.storage_offset() + buffers.stride(0));
   at::mm_out(teacher, y_rows, y_columns);
-  if (form.difference) {
+  const bool by_difference = rows.difference.whole.defined() && columns.difference.whole.defined();
+  if (by_difference) {
     at::mm_out(difference, rows.difference.blocks[row_block], columns.scaled_student.transposed[column_block]);
     at::addmm_out(difference, difference, y_rows, columns.difference.transposed[column_block]);
   } else {
@@ -86,9 +82,9 @@ LogitTile<Real>::LogitTile(const LogitForm& form,
   }
   tile = {
       teacher.mutable_data_ptr<Real>(), difference.mutable_data_ptr<Real>(), row_count, column_count, stride, nullptr};
-  const double second = form.difference ? form.scale_teacher : form.scale_student;
+  const double second = by_difference ? form.scale_teacher : form.scale_student;
   tile_kernels<Real>().scale_tile(tile,
-                                  {static_cast<Real>(form.scale_teacher), static_cast<Real>(second), !form.difference});
+                                  {static_cast<Real>(form.scale_teacher), static_cast<Real>(second), !by_difference});
 }
 
 template struct LogitTile<float>;

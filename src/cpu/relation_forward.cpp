@@ -47,22 +47,22 @@ void forward_groups(const RelationCall& call,
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> relation_forward(const RelationArguments& given) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> relation_forward(const RelationArguments& arguments) {
   const KernelScope scope;
-  RelationArguments arguments = given;
+  RelationArguments roles = arguments;
   // KL(Q || P) is KL(P || Q) with the roles exchanged.
   const bool exchanged = arguments.divergence == Divergence::kReverseKL;
   if (exchanged) {
-    arguments.lse_teacher.reset();
-    std::swap(arguments.student, arguments.teacher);
-    std::swap(arguments.scale_student, arguments.scale_teacher);
+    roles.lse_teacher.reset();
+    std::swap(roles.student, roles.teacher);
+    std::swap(roles.scale_student, roles.scale_teacher);
   }
-  const auto options = given.student.options().dtype(statistics_dtype(given));
-  const auto shape = given.student.sizes().slice(0, 3);
+  const auto options = arguments.student.options().dtype(statistics_dtype(arguments));
+  const auto shape = arguments.student.sizes().slice(0, 3);
   at::Tensor kl = at::zeros(shape, options);
   at::Tensor lse_student = at::zeros(shape, options);
   at::Tensor lse_teacher = at::zeros(shape, options);
-  const RelationCall call(arguments, nullptr);
+  const RelationCall call(roles, nullptr);
   if (call.form.compute == at::kFloat) {
     forward_groups<float>(call, kl, lse_student, lse_teacher);
   } else {
