@@ -81,7 +81,7 @@ def _converted_bundled_model() -> Path:
         try:
             _convert_gguf(files[0], staging)
             if not target.is_dir():  # another process may have been faster
-                staging.chmod(0o755)
+                make_readable(staging)
                 os.rename(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -108,6 +108,13 @@ def _convert_gguf(file: Path, target: Path) -> None:
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def make_readable(directory: Path) -> None:
+    """Undo the private modes that temporary directories and safetensors give; for directories about to get a name."""
+    directory.chmod(0o755)
+    for file in directory.iterdir():
+        file.chmod(0o644)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

@@ -30,7 +30,7 @@ def results_table(result: Restoration, config: ARDConfig) -> Table:
     table = Table(
         title=f"{config.model}, RoPE {config.scaling}",
         caption=(
-            f"{seconds['total']:.0f} s in all (training {seconds['train']:.0f} s), {result.tokens:,} training tokens, "
+            f"{seconds['total']:.0f} s in all, training {seconds['train']:.0f} s, {result.tokens:,} tokens\n"
             f"{result.trained_parameters / 1e6:.1f}M trained weights, peak memory {result.peak_memory / 2**30:.1f} GiB"
         ),
     )
@@ -145,7 +145,8 @@ def _draw_loss(axes: Any, result: Restoration) -> None:
     axes.plot(steps, [entry["loss"] for entry in result.losses], color="black", linewidth=1.8, label="loss")
     axes.set(title="Distillation", xlabel="step", ylabel="KL, nats per token and head", yscale="log")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
+    axes.set_ylim(top=axes.get_ylim()[1] * 2)  # room for the legend
 
 
 def _draw_damage(axes: Any, result: Restoration) -> None:
@@ -155,7 +156,9 @@ def _draw_damage(axes: Any, result: Restoration) -> None:
     bars = axes.bar(positions, values, color=(GREY, DAMAGED, RESTORED), width=0.6)
     axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=2, fontweight="bold")
     axes.axhline(values[0], color=GREY, linewidth=1, linestyle="--")
-    axes.set(title="Perplexity on held-out text", yscale="log", ylabel="perplexity")
+    axes.set(title="Held-out perplexity (log scale)", yscale="log")
+    axes.yaxis.set_visible(False)  # the bars carry their numbers
+    axes.spines["left"].set_visible(False)
     axes.set_xticks(
         positions,
         [
@@ -175,6 +178,7 @@ def _draw_layers(axes: Any, result: Restoration) -> None:
     axes.plot([], [], color="black", linestyle=":", label="scaled")
     axes.plot([], [], color="black", label="restored")
     axes.set(title="Distance from the teacher's relations", xlabel="layer", ylabel="KL, nats", yscale="log")
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-4))  # the first layer's values do not depend on positions
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9, ncols=2)
 

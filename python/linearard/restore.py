@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, default_data_collator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks, is_tensorboard_available
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -22,7 +22,7 @@ from linearard.data import Blocks, training_blocks
 from linearard.display import Display
 from linearard.errors import UserError
 from linearard.evaluation import Evaluation, EvaluationData, damage_undone, evaluate_model, evaluation_batches
-from linearard.models import check_tokenizer, load_model, load_tokenizer
+from linearard.models import check_tokenizer, load_model, load_tokenizer, make_readable
 from linearard.trainer import ARDTrainer, checkpoints, merged
 
 RUN_FILE = "run.yaml"
@@ -72,9 +72,7 @@ def restore(config: ARDConfig, display: Display) -> Restoration | None:
         check_tokenizer(tokenizer, model)
         data = EvaluationData.load(config, tokenizer)
         blocks = load_blocks(config, tokenizer)
-        trainer = ARDTrainer(
-            model, config, train_dataset=blocks, processing_class=tokenizer, data_collator=default_data_collator
-        )
+        trainer = ARDTrainer(model, config, train_dataset=blocks)
     if trainer.is_world_process_zero() and checkpoint is None:
         prepare_output(config, output)
     trainer.remove_callback(PrinterCallback)
@@ -197,7 +195,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, targe
     try:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        staging.chmod(0o755)
+        make_readable(staging)
         if target.exists():  # of the run that was resumed
             shutil.rmtree(target)
         os.rename(staging, target)

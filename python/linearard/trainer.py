@@ -82,7 +82,10 @@ class ARDTrainer(Trainer):
         self.relations = ARDLoss(parse_relations(args.relations), causal=args.causal, divergence=args.divergence)
         student, self.teacher = make_student(model, args)
         _train_only_what_gets_gradients(student, self.layers, self.relations)
+        config = transformers_model(student).config
+        use_cache = config.use_cache
         super().__init__(model=student, args=args, **kwargs)
+        config.use_cache = use_cache  # Trainer switches it off for training, and it would be saved that way
         # The loss below is divided by the tokens of all micro-batches already; Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self._forward_arguments = set(inspect.signature(transformers_model(student).forward).parameters)

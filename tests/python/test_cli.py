@@ -67,7 +67,13 @@ def test_restore_from_end_to_end(model: Path, text: Path, tmp_path: Path, capsys
     # Plain transformers loads it, in its new context, with the restored weights and the stock attention.
     restored = AutoModelForCausalLM.from_pretrained(output / "model")
     assert restored.config.max_position_embeddings == 4 * CONTEXT
-    assert restored.config.rope_parameters["rope_type"] == "linear"
+    plain = AutoModelForCausalLM.from_pretrained(model).config.to_dict()
+    saved = restored.config.to_dict()
+    assert {name for name in {*plain, *saved} if plain.get(name) != saved.get(name)} - {"_name_or_path"} == {
+        "rope_parameters",
+        "max_position_embeddings",
+    }
+    assert saved["rope_parameters"] == {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}
     assert restored.config._attn_implementation == "sdpa"
     assert "linearard" not in (output / "model" / "config.json").read_text()
     assert {path.suffix for path in (output / "model").iterdir()} <= {".json", ".safetensors", ".jinja"}
