@@ -136,9 +136,8 @@ ScaledDifference scaled_difference(const at::Tensor& student, const at::Tensor& 
     result.scaled_student = exact.to(form.compute);
   }
   // Far apart, s = t + delta would carry the rounding of a teacher's logit that may be much larger than s.
-  const double distance = at::linalg_vector_norm(result.difference).item<double>();
-  const double size = at::linalg_vector_norm(teacher).item<double>();
-  return distance < 0.7 * size ? result : ScaledDifference{};
+  const at::Tensor close = at::linalg_vector_norm(result.difference).lt(at::linalg_vector_norm(teacher).mul(0.7));
+  return close.item<bool>() ? result : ScaledDifference{};
 }
 
 }  // namespace linearard

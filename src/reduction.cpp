@@ -17,7 +17,7 @@ at::Tensor reduce_rows(const at::Tensor& kl,
     // Padding has no weight, whatever stands there.
     if (row_mask) weight = weight->masked_fill(row_mask->logical_not(), 0);
   }
-  const at::Tensor weighted = weight ? kl * weight->unsqueeze(1) : kl;
+  at::Tensor weighted = weight ? kl * weight->unsqueeze(1) : kl;
   if (reduction == Reduction::kNone) return weighted;
   // In float64: rows saturate at the largest float32, their sum in float32 would not.
   const auto result = [&](const at::Tensor& value) { return saturating_cast(value, kl.scalar_type()); };

@@ -15,10 +15,13 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
+#ifdef LINEARARD_WITH_CUDA
+#include "cuda/divergence_rows.h"
+#endif
+
 namespace linearard::aten {
 namespace {
 
-constexpr double kLargeRatio = 20;  // beyond it P phi(r) and P expm1(r) are Q to the last bit of float
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 /// Rows of a block, so that one matrix of its logits has at most so many elements.
@@ -91,9 +94,11 @@ at::Tensor student_probability(const at::Tensor& log_teacher, const at::Tensor& 
 /// that.
 at::Tensor kl_of_rows(const at::Tensor& log_teacher, const at::Tensor& ratio) {
   const at::Tensor teacher = log_teacher.exp();
-  const at::Tensor expm1 = at::expm1(ratio.clamp_max(kLargeRatio));
+  // Beyond it P phi(r) and P expm1(r) are Q to the last bit.
+  const double large_ratio = ratio.scalar_type() == at::kDouble ? 40 : 20;
+  const at::Tensor expm1 = at::expm1(ratio.clamp_max(large_ratio));
   // Where the student has mass but the teacher's probability underflows.
-  const at::Tensor large = ratio > kLargeRatio;
+  const at::Tensor large = ratio > large_ratio;
   const at::Tensor student = student_probability(log_teacher, ratio);
   const at::Tensor a = at::where(large, student, teacher * expm1).sum(-1);
   const at::Tensor phi = at::where(large, student, teacher * (expm1 - ratio)).sum(-1);
@@ -157,6 +162,45 @@ Vectors pack_vectors(const at::Tensor& student, const at::Tensor& teacher, const
   return packed;
 }
 
+namespace {
+
+RowValues values_of_block(const DivergenceOptions& options, const Block& block) {
+  const bool jsd = options.divergence == Divergence::kJSD;
+#ifdef LINEARARD_WITH_CUDA
+  if (!jsd && fused_rows_available(block.teacher, block.delta)) return fused_forward_kl(block.teacher, block.delta);
+#endif
+  const at::Tensor teacher = block.teacher.logsumexp(-1);
+  const at::Tensor student = (block.teacher + block.delta).logsumexp(-1);
+  const at::Tensor log_teacher = block.teacher - teacher.unsqueeze(-1);
+  const at::Tensor ratio = block.delta - (student - teacher).unsqueeze(-1);
+  return {jsd ? jsd_of_rows(log_teacher, ratio, options.beta) : kl_of_rows(log_teacher, ratio), student, teacher};
+}
+
+/// weight x (gradient on the logits) of a block; `diagonal` is the column of the first row's own key, -1: none.
+at::Tensor gradient_of_block(const DivergenceOptions& options,
+                             const Block& block,
+                             const at::Tensor& lse_teacher,
+                             const at::Tensor& lse_difference,
+                             const at::Tensor& weight,
+                             int64_t diagonal) {
+#ifdef LINEARARD_WITH_CUDA
+  if (options.divergence == Divergence::kForwardKL && fused_rows_available(block.teacher, block.delta)) {
+    return fused_forward_kl_gradient(block.teacher, block.delta, lse_teacher, lse_difference, weight, diagonal);
+  }
+#endif
+  at::Tensor gradient =
+      logit_gradient(options, block.teacher - lse_teacher.unsqueeze(-1), block.delta - lse_difference.unsqueeze(-1));
+  if (block.invisible.defined()) gradient.masked_fill_(block.invisible, 0);
+  if (diagonal >= 0) {
+    at::Tensor own = gradient.diagonal(diagonal, -2, -1);
+    own.zero_();
+    own.copy_(gradient.sum(-1).neg_());
+  }
+  return gradient.mul_(weight.unsqueeze(-1));
+}
+
+}  // namespace
+
 RowValues divergence_forward(const LogitForm& form,
                              const DivergenceOptions& options,
                              const Vectors& rows,
@@ -169,12 +213,7 @@ RowValues divergence_forward(const LogitForm& form,
   const int64_t step = rows_of_block(rows, keys, options.block_elements);
   for (int64_t begin = 0; begin < length; begin += step) {
     const Block block = logits_of_block(form, rows, keys, visibility, begin, std::min(step, length - begin));
-    const at::Tensor teacher = block.teacher.logsumexp(-1);
-    const at::Tensor student = (block.teacher + block.delta).logsumexp(-1);
-    const at::Tensor log_teacher = block.teacher - teacher.unsqueeze(-1);
-    const at::Tensor ratio = block.delta - (student - teacher).unsqueeze(-1);
-    const at::Tensor value = options.divergence == Divergence::kJSD ? jsd_of_rows(log_teacher, ratio, options.beta)
-                                                                    : kl_of_rows(log_teacher, ratio);
+    const auto [value, student, teacher] = values_of_block(options, block);
     const int64_t key_count = keys.student.size(1);
     kl.push_back(zero_below(2, value, visibility, begin, key_count));
     lse_student.push_back(zero_below(1, student, visibility, begin, key_count));
@@ -201,16 +240,10 @@ Gradients divergence_backward(const LogitForm& form,
     const Block block = logits_of_block(form, rows, keys, visibility, begin, count);
     const at::Tensor lse_teacher = statistics.lse_teacher.narrow(1, begin, count);
     const at::Tensor lse_difference = statistics.lse_student.narrow(1, begin, count) - lse_teacher;
-    at::Tensor gradient =
-        logit_gradient(options, block.teacher - lse_teacher.unsqueeze(-1), block.delta - lse_difference.unsqueeze(-1));
-    if (block.invisible.defined()) gradient.masked_fill_(block.invisible, 0);
-    if (visibility.relation) {
-      at::Tensor diagonal = gradient.diagonal(begin, -2, -1);
-      diagonal.zero_();
-      diagonal.copy_(gradient.sum(-1).neg_());
-    }
-    const at::Tensor block_weight = weight.narrow(1, begin, count) * form.gradient_multiplier;
-    gradient.mul_(zero_below(2, block_weight, visibility, begin, keys.student.size(1)).unsqueeze(-1));
+    const at::Tensor block_weight = zero_below(2, weight.narrow(1, begin, count) * form.gradient_multiplier, visibility,
+                                               begin, keys.student.size(1));
+    const at::Tensor gradient =
+        gradient_of_block(options, block, lse_teacher, lse_difference, block_weight, visibility.relation ? begin : -1);
     gradients.rows.narrow(1, begin, count).baddbmm_(gradient, key_vectors);
     gradients.keys.baddbmm_(gradient.mT(), row_vectors.narrow(1, begin, count));
   }

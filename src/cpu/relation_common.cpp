@@ -84,8 +84,9 @@ std::vector<Operand> pack_group(const RelationCall& call, size_t begin, size_t e
   });
   std::vector<Operand> operands;
   operands.reserve(packed.size());
-  for (auto& operand : packed)
-    operands.push_back(std::move(*operand));
+  for (auto& operand : packed) {
+    if (operand) operands.push_back(std::move(*operand));
+  }
   return operands;
 }
 
@@ -93,6 +94,7 @@ namespace {
 
 std::vector<int64_t> block_counts(const std::vector<Operand>& operands, int64_t tile_rows) {
   std::vector<int64_t> counts;
+  counts.reserve(operands.size());
   for (const Operand& operand : operands)
     counts.push_back(block_count(operand.length, tile_rows));
   return counts;
@@ -106,6 +108,7 @@ std::vector<std::vector<RowResult>> group_statistics(const RelationCall& call,
                                                      size_t first_problem,
                                                      const TileBuffers& buffers) {
   std::vector<std::vector<RowStatistics>> statistics;
+  statistics.reserve(operands.size());
   for (const Operand& operand : operands)
     statistics.push_back(empty_statistics(operand.length));
   const TileKernels<Real>& kernels = tile_kernels<Real>();

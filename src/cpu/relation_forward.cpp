@@ -81,6 +81,7 @@ void lse_of_group(const RelationCall& call,
                   std::vector<std::vector<RowStatistics>>& statistics) {
   const TileKernels<Real>& kernels = tile_kernels<Real>();
   std::vector<int64_t> blocks;
+  blocks.reserve(matrices.size());
   for (const BlockedMatrix& matrix : matrices)
     blocks.push_back(static_cast<int64_t>(matrix.blocks.size()));
   run_symmetric(blocks, [&](const TileTask& task) {
