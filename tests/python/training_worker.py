@@ -102,6 +102,10 @@ def main() -> None:
         train(arguments.path, arguments.resume, arguments.slow)
     else:
         gradients(arguments.path)
+    # Both ranks leave together: a process that exits while the other's connections are open is aborted.
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
