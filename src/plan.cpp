@@ -2,6 +2,9 @@
 
 #include "checks.h"
 #include "cpu/relation.h"
+#ifdef LINEARARD_WITH_CUDA
+#include "cuda/backend.h"
+#endif
 
 namespace linearard {
 
@@ -10,7 +13,13 @@ ExecutionPlan plan_relation_kl(const at::Tensor& student, const at::Tensor& teac
   if (arguments.cu_seqlens) {
     check_sequence_boundaries("plan_relation_kl", "cu_seqlens", *arguments.cu_seqlens, student.size(2));
   }
-  TORCH_CHECK(student.device().is_cpu(), "plan_relation_kl: student must be on the CPU, got ", student.device());
+#ifdef LINEARARD_WITH_CUDA
+  if (student.is_cuda()) return cuda::relation_plan(arguments);
+#endif
+  TORCH_CHECK(student.device().is_cpu(),
+              "plan_relation_kl: student must be on a device with kernels of its own (the CPU, or CUDA in a build with "
+              "nvcc), got ",
+              student.device());
   return cpu::relation_plan(arguments);
 }
 

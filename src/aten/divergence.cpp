@@ -15,9 +15,6 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
-#ifdef LINEARARD_WITH_CUDA
-#include "cuda/divergence_rows.h"
-#endif
 
 namespace linearard::aten {
 namespace {
@@ -166,9 +163,6 @@ namespace {
 
 RowValues values_of_block(const DivergenceOptions& options, const Block& block) {
   const bool jsd = options.divergence == Divergence::kJSD;
-#ifdef LINEARARD_WITH_CUDA
-  if (!jsd && fused_rows_available(block.teacher, block.delta)) return fused_forward_kl(block.teacher, block.delta);
-#endif
   const at::Tensor teacher = block.teacher.logsumexp(-1);
   const at::Tensor student = (block.teacher + block.delta).logsumexp(-1);
   const at::Tensor log_teacher = block.teacher - teacher.unsqueeze(-1);
@@ -183,11 +177,6 @@ at::Tensor gradient_of_block(const DivergenceOptions& options,
                              const at::Tensor& lse_difference,
                              const at::Tensor& weight,
                              int64_t diagonal) {
-#ifdef LINEARARD_WITH_CUDA
-  if (options.divergence == Divergence::kForwardKL && fused_rows_available(block.teacher, block.delta)) {
-    return fused_forward_kl_gradient(block.teacher, block.delta, lse_teacher, lse_difference, weight, diagonal);
-  }
-#endif
   at::Tensor gradient =
       logit_gradient(options, block.teacher - lse_teacher.unsqueeze(-1), block.delta - lse_difference.unsqueeze(-1));
   if (block.invisible.defined()) gradient.masked_fill_(block.invisible, 0);

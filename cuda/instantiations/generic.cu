@@ -1,0 +1,39 @@
+#include <climits>
+
+#include "../generic/backward.cuh"
+#include "../generic/forward.cuh"
+#include "generic.h"
+
+namespace linearard::cuda::generic {
+
+template <typename Real>
+cudaError_t launch_forward(const ForwardParams& params, Blocks blocks, cudaStream_t stream) {
+  const int64_t per_head = (static_cast<int64_t>(params.visibility.rows) + kTile - 1) / kTile;
+  const int64_t count = per_head * params.batch * params.heads;
+  if (count > INT_MAX) return cudaErrorInvalidConfiguration;
+  forward_kernel<Real><<<static_cast<unsigned>(count), kThreads, 0, stream>>>(
+      params, blocks == Blocks::kMarked, blocks == Blocks::kAllIfAnyIsMarked);
+  return cudaGetLastError();
+}
+
+template <typename Real>
+cudaError_t launch_backward(const BackwardParams& params, Blocks blocks, cudaStream_t stream) {
+  const int64_t owners = params.row_term ? params.visibility.rows : params.visibility.keys;
+  const int64_t count = (owners + kTile - 1) / kTile * params.batch * params.heads;
+  if (count > INT_MAX) return cudaErrorInvalidConfiguration;
+  const int slices = (params.owner_student.dim + kSlice - 1) / kSlice;
+  constexpr int kSharedBytes = sizeof(BackwardShared<Real>);
+  const cudaError_t error = cudaFuncSetAttribute(backward_kernel<Real>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 kSharedBytes);
+  if (error != cudaSuccess) return error;
+  const dim3 grid(static_cast<unsigned>(count), static_cast<unsigned>(slices));
+  backward_kernel<Real><<<grid, kThreads, kSharedBytes, stream>>>(params, blocks == Blocks::kMarked);
+  return cudaGetLastError();
+}
+
+template cudaError_t launch_forward<float>(const ForwardParams&, Blocks, cudaStream_t);
+template cudaError_t launch_forward<double>(const ForwardParams&, Blocks, cudaStream_t);
+template cudaError_t launch_backward<float>(const BackwardParams&, Blocks, cudaStream_t);
+template cudaError_t launch_backward<double>(const BackwardParams&, Blocks, cudaStream_t);
+
+}  // namespace linearard::cuda::generic

@@ -1,0 +1,3 @@
+#include "../mma/launch.cuh"
+
+LINEARARD_INSTANTIATE(__half, 192)

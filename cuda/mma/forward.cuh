@@ -1,0 +1,243 @@
+#pragma once
+
+#include "../common/device_math.cuh"
+#include "tiles.cuh"
+
+namespace linearard::cuda::mma {
+
+/// Statistics and forward KL of kOwners rows: every row belongs to one warp, no sum depends on an order of blocks.
+template <typename T, int kDim, int kSlabs>
+class Forward {
+  using S = Shape<kDim, kSlabs>;
+  using Logits = float[kSlabs][kColumnGroups][4];
+  static constexpr int kRowsOfThread = 2 * kSlabs;
+
+ public:
+  static constexpr int kOwners = S::kOwners;
+  /// The columns' values: whether a key is real, and the block's range of keys.
+  static constexpr int kSharedBytes = S::kColumns + 16;
+
+  __device__ static void run(const ForwardParams& p, char* shared) {
+    const int blocks = (p.visibility.rows + kOwners - 1) / kOwners;
+    const int64_t problem = blockIdx.x / blocks;
+    // Causal rows see more keys the later they come: the long blocks start first.
+    const int block = blocks - 1 - static_cast<int>(blockIdx.x % blocks);
+    Forward(p, shared, static_cast<int>(problem / p.heads), static_cast<int>(problem % p.heads), block * kOwners)
+        .run_block();
+  }
+
+ private:
+  const ForwardParams& p_;
+  const uint32_t shared_;
+  int* const scratch_;
+  const int batch_;
+  const int head_;
+  const int first_;
+  const int warp_row_;
+  const uint8_t* const key_mask_;
+  Range ranges_[kRowsOfThread];
+  RowSums<float> sums_[kRowsOfThread];
+
+  __device__ Forward(const ForwardParams& p, char* shared, int batch, int head, int first)
+      : p_(p),
+        shared_(shared_address(shared)),
+        scratch_(reinterpret_cast<int*>(shared + S::kColumns)),
+        batch_(batch),
+        head_(head),
+        first_(first),
+        warp_row_(static_cast<int>(threadIdx.x) / 32 * 16 * kSlabs),
+        key_mask_(p.visibility.key_mask == nullptr
+                      ? nullptr
+                      : p.visibility.key_mask + static_cast<int64_t>(batch) * p.visibility.keys) {}
+
+  __device__ int row_of(int r) const { return first_ + warp_row_ + (r / 2) * 16 + row_in_slab(r % 2); }
+
+  __device__ void load_keys(int tile, int stage) const {
+    const uint32_t base = shared_ + S::kOther + stage * 2 * S::kOtherBytes;
+    const int first = tile * kOthers;
+    if (!p_.teacher_only) {
+      load_tokens<T, kDim, kOthers>(base, head_of<T>(p_.student_keys, batch_, head_), p_.student_keys, first,
+                                    p_.visibility.keys, key_mask_);
+    }
+    load_tokens<T, kDim, kOthers>(base + S::kOtherBytes, head_of<T>(p_.teacher_keys, batch_, head_), p_.teacher_keys,
+                                  first, p_.visibility.keys, key_mask_);
+    copy_commit();
+  }
+
+  __device__ void run_block() {
+    const Visibility& v = p_.visibility;
+#pragma unroll
+    for (int r = 0; r < kRowsOfThread; ++r) ranges_[r] = keys_of_row(v, batch_, row_of(r));
+    const Range mine = static_cast<int>(threadIdx.x) < kOwners
+                           ? keys_of_row(v, batch_, first_ + static_cast<int>(threadIdx.x))
+                           : Range{0, 0, 0};
+    const Range all = union_of_block(mine, scratch_);
+    const int begin = all.begin / kOthers;
+    const int end = (all.end + kOthers - 1) / kOthers;
+
+    if (!p_.teacher_only) {
+      load_tokens<T, kDim, kOwners>(shared_, head_of<T>(p_.student_rows, batch_, head_), p_.student_rows, first_,
+                                    v.rows, nullptr);
+    }
+    load_tokens<T, kDim, kOwners>(shared_ + S::kOwnerTeacher, head_of<T>(p_.teacher_rows, batch_, head_),
+                                  p_.teacher_rows, first_, v.rows, nullptr);
+    if (begin < end) load_keys(begin, begin % kStages);
+    for (int tile = begin; tile < end; ++tile) {
+      if (tile + 1 < end) {
+        load_keys(tile + 1, (tile + 1) % kStages);
+        copy_wait<1>();
+      } else {
+        copy_wait<0>();
+      }
+      __syncthreads();
+      visit(tile);
+      __syncthreads();
+    }
+    write();
+  }
+
+  /// Whether all rows of the block see all keys of the tile.
+  __device__ bool is_full(int tile) const {
+    const Visibility& v = p_.visibility;
+    const int last = (tile + 1) * kOthers - 1;
+    if (v.row_ranges != nullptr || last >= v.keys) return false;
+    return !v.causal || last <= first_ + v.keys - v.rows;
+  }
+
+  __device__ uint32_t visible_elements(int tile) const {
+    uint32_t visible = 0;
+#pragma unroll
+    for (int n = 0; n < kColumnGroups; ++n) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const int key = tile * kOthers + column_of(n, c);
+        const bool real = key < p_.visibility.keys && (key_mask_ == nullptr || key_mask_[key] != 0);
+#pragma unroll
+        for (int m = 0; m < kSlabs; ++m) {
+          const Range& range = ranges_[2 * m + c / 2];
+          if (real && key >= range.begin && key < range.end) visible |= 1u << bit_of(m, n, c);
+        }
+      }
+    }
+    return visible;
+  }
+
+  __device__ void visit(int tile) {
+    const uint32_t others = shared_ + S::kOther + (tile % kStages) * 2 * S::kOtherBytes;
+    Logits student = {};
+    Logits teacher = {};
+    multiply_tile<T, kDim, kSlabs>(teacher, shared_ + S::kOwnerTeacher, others + S::kOtherBytes, warp_row_);
+    if (!p_.teacher_only) multiply_tile<T, kDim, kSlabs>(student, shared_, others, warp_row_);
+
+    const float scale_student = static_cast<float>(p_.scale_student * Base<float>::kUnit);
+    const float scale_teacher = static_cast<float>(p_.scale_teacher * Base<float>::kUnit);
+    if (is_full(tile)) {
+      add_rows<true>(student, teacher, ~0u, scale_student, scale_teacher);
+    } else {
+      add_rows<false>(student, teacher, visible_elements(tile), scale_student, scale_teacher);
+    }
+  }
+
+  template <bool kAll>
+  __device__ void add_rows(const Logits& student, const Logits& teacher, uint32_t visible, float scale_student,
+                           float scale_teacher) {
+#pragma unroll
+    for (int m = 0; m < kSlabs; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        add_row<kAll>(sums_[2 * m + half], student[m], teacher[m], visible, m, half, scale_student, scale_teacher);
+      }
+    }
+  }
+
+  /// One row's elements of a tile into its sums; all of them, or those that are visible.
+  template <bool kAll>
+  __device__ static void add_row(RowSums<float>& sums, const float (&student)[kColumnGroups][4],
+                                 const float (&teacher)[kColumnGroups][4], uint32_t visible, int m, int half,
+                                 float scale_student, float scale_teacher) {
+    constexpr int kElements = 2 * kColumnGroups;
+    float s[kElements];
+    float t[kElements];
+    float ratio[kElements];
+    float top_student = -INFINITY;
+    float top_teacher = -INFINITY;
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      const int n = e / 2;
+      const int c = 2 * half + e % 2;
+      s[e] = student[n][c] * scale_student;
+      t[e] = teacher[n][c] * scale_teacher;
+      if (kAll || (visible >> bit_of(m, n, c) & 1u) != 0) {
+        top_student = fmaxf(top_student, s[e]);
+        top_teacher = fmaxf(top_teacher, t[e]);
+      }
+    }
+    sums.raise(maximum_of_row(top_teacher), maximum_of_row(top_student));
+
+    const float reference_student = RowSums<float>::reference(sums.max_student);
+    const float reference_teacher = RowSums<float>::reference(sums.max_teacher);
+    float tile_sum = 0;
+    float tile_moment = 0;
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      const bool seen = kAll || (visible >> bit_of(m, e / 2, 2 * half + e % 2) & 1u) != 0;
+      const float x = s[e] - t[e] - sums.mean;
+      s[e] = seen ? Base<float>::exp(s[e] - reference_student) : 0.f;
+      t[e] = seen ? Base<float>::exp(t[e] - reference_teacher) : 0.f;
+      ratio[e] = seen ? x : 0.f;
+      tile_sum += t[e];
+      tile_moment += t[e] * ratio[e];
+    }
+    const float shift = sums.recenter(sum_of_row(tile_sum), sum_of_row(tile_moment), threadIdx.x % 4 == 0);
+    bool near = true;
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      ratio[e] -= shift;
+      near = near && fabsf(ratio[e]) < Base<float>::kSeries;
+      sums.sum_student += s[e];
+    }
+    if (__all_sync(0xffffffffu, near)) {
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) sums.sum_phi += RowSums<float>::near_term(t[e], ratio[e]);
+    } else {
+      const float factor = sums.student_factor();
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) sums.sum_phi += RowSums<float>::phi_term(t[e], s[e], ratio[e], factor);
+    }
+  }
+
+  __device__ void write() {
+#pragma unroll
+    for (int r = 0; r < kRowsOfThread; ++r) {
+      RowSums<float>& sums = sums_[r];
+      sums.sum_student = sum_of_row(sums.sum_student);
+      sums.sum_phi = sum_of_row(sums.sum_phi);
+      const int row = row_of(r);
+      if (threadIdx.x % 4 != 0 || row >= p_.visibility.rows) continue;
+      const bool sees = ranges_[r].count > 0;
+      const float lse_teacher = sees ? sums.lse_teacher() : 0.f;
+      const float lse_student = sees && !p_.teacher_only ? sums.lse_student() : 0.f;
+      const float kl = ranges_[r].count > 1 && !p_.teacher_only ? sums.divergence() : 0.f;
+      const int64_t head = static_cast<int64_t>(batch_) * p_.heads + head_;
+      const int64_t at = head * p_.visibility.rows + row;
+      static_cast<float*>(p_.lse_teacher)[at] = lse_teacher;
+      if (!p_.teacher_only) {
+        static_cast<float*>(p_.lse_student)[at] = lse_student;
+        static_cast<float*>(p_.kl)[at] = kl;
+      }
+      const float largest = fmaxf(fmaxf(fabsf(lse_teacher), fabsf(lse_student)), fabsf(kl));
+      const float sum = lse_teacher + lse_student + kl;  // NaN or infinite if one of them is
+      if (!(largest < Base<float>::kHuge) || !(fabsf(sum) < INFINITY)) {
+        mark_redo(p_.redo, head, row, p_.visibility.rows);
+      }
+    }
+  }
+};
+
+template <typename T, int kDim, int kSlabs>
+__global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_constant__ ForwardParams params) {
+  extern __shared__ __align__(128) char shared[];
+  Forward<T, kDim, kSlabs>::run(params, shared);
+}
+
+}  // namespace linearard::cuda::mma

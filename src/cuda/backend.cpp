@@ -1,0 +1,408 @@
+#include "cuda/backend.h"
+
+#include <cmath>
+#include <utility>
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include <launch.h>
+
+#include "backends.h"
+#include "cuda/tensors.h"
+#include "kernel_scope.h"
+#include "logit_form.h"
+
+// Registered for CUDA tensors. A call runs in float first; blocks of rows that float cannot hold mark themselves on
+// the device, and kernels in double, which find nothing to do otherwise, compute those again. So there is nothing for
+// the host to wait for, and a call can be captured into a CUDA graph. Float64 inputs run in double at once; their
+// sizes are looked at first, on the host.
+
+namespace linearard::cuda {
+namespace {
+
+/// Both forms of a call: rows and keys of either side.
+struct Problem {
+  at::Tensor student_rows;
+  at::Tensor student_keys;
+  at::Tensor teacher_rows;
+  at::Tensor teacher_keys;
+  VisibilityMemory memory;
+  bool relation;  ///< rows and keys are the same tokens
+  double scale_student;
+  double scale_teacher;
+  linearard::Divergence divergence;
+  double beta;
+
+  int64_t batch() const { return student_rows.size(0); }
+  int64_t heads() const { return student_rows.size(1); }
+  int64_t rows() const { return student_rows.size(2); }
+  int64_t keys() const { return student_keys.size(2); }
+  at::Device device() const { return student_rows.device(); }
+  bool empty() const { return batch() * heads() * rows() * keys() == 0; }
+  bool float64() const {
+    return statistics_dtype_of(student_rows, student_keys, teacher_rows, teacher_keys) == at::kDouble;
+  }
+};
+
+Divergence kernel_divergence(linearard::Divergence divergence) {
+  switch (divergence) {
+    case linearard::Divergence::kForwardKL:
+      return Divergence::kForwardKL;
+    case linearard::Divergence::kReverseKL:
+      return Divergence::kReverseKL;
+    default:
+      return Divergence::kJSD;
+  }
+}
+
+Problem problem_of(const RelationArguments& a) {
+  const at::Tensor& x = a.student;
+  Problem problem{a.student,       a.student,       a.teacher,    a.teacher, {}, true,
+                  a.scale_student, a.scale_teacher, a.divergence, a.beta};
+  if (problem.empty()) return problem;
+  problem.memory = visibility_of({x.size(0), x.size(2), x.size(2), a.causal, a.key_padding_mask, a.key_padding_mask,
+                                  a.cu_seqlens, a.cu_seqlens},
+                                 x.device());
+  return problem;
+}
+
+Problem problem_of(const AttentionArguments& a) {
+  const at::Tensor& x = a.query_student;
+  Problem problem{a.query_student, a.key_student,   a.query_teacher, a.key_teacher, {}, false,
+                  a.scale_student, a.scale_teacher, a.divergence,    a.beta};
+  if (problem.empty()) return problem;
+  problem.memory = visibility_of({x.size(0), x.size(2), a.key_student.size(2), a.causal, a.query_padding_mask,
+                                  a.key_padding_mask, a.cu_seqlens, a.cu_seqlens_key},
+                                 x.device());
+  return problem;
+}
+
+/// KL(Q || P) is KL(P || Q) with the roles exchanged.
+void exchange_roles(Problem& problem) {
+  std::swap(problem.student_rows, problem.teacher_rows);
+  std::swap(problem.student_keys, problem.teacher_keys);
+  std::swap(problem.scale_student, problem.scale_teacher);
+  problem.divergence = linearard::Divergence::kForwardKL;
+}
+
+/// Statistics [B, H, N] of the rows.
+at::Tensor row_tensor(const Problem& problem, at::ScalarType dtype) {
+  return at::empty({problem.batch(), problem.heads(), problem.rows()},
+                   problem.student_rows.options().dtype(dtype).memory_format(at::MemoryFormat::Contiguous));
+}
+
+/// Brings x into the teacher's scale where the logits' difference can be computed as one; 0 where it cannot.
+double difference_ratio(const Problem& problem) {
+  if (problem.float64() || problem.student_rows.size(3) != problem.teacher_rows.size(3)) return 0;
+  const double ratio = problem.scale_student / problem.scale_teacher;  // NaN or infinite for a zero scale
+  return ratio > 1e-6 && ratio < 1e6 ? std::sqrt(ratio) : 0;
+}
+
+ForwardParams forward_params(const Problem& problem, const LogitForm* form) {
+  ForwardParams params{};
+  const int64_t heads = problem.heads();
+  params.student_rows = vectors_of(problem.student_rows, heads);
+  params.student_keys = vectors_of(problem.student_keys, heads);
+  params.teacher_rows = vectors_of(problem.teacher_rows, heads);
+  params.teacher_keys = vectors_of(problem.teacher_keys, heads);
+  params.batch = narrow(problem.batch());
+  params.heads = narrow(heads);
+  params.visibility = problem.memory.visibility;
+  params.scale_student = form != nullptr ? form->scale_student : problem.scale_student;
+  params.scale_teacher = form != nullptr ? form->scale_teacher : problem.scale_teacher;
+  params.student_multiplier = form != nullptr ? form->student_multiplier : 1;
+  params.teacher_multiplier = form != nullptr ? form->teacher_multiplier : 1;
+  params.difference_ratio = difference_ratio(problem);
+  params.divergence = kernel_divergence(problem.divergence);
+  params.beta = problem.beta;
+  return params;
+}
+
+/// Where the forward kernels write; undefined tensors are not wanted.
+struct RowTensors {
+  at::Tensor kl;
+  at::Tensor lse_student;
+  at::Tensor lse_teacher;
+};
+
+void set_outputs(ForwardParams& params, const RowTensors& to) {
+  const auto data = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; };
+  params.kl = data(to.kl);
+  params.lse_student = data(to.lse_student);
+  params.lse_teacher = data(to.lse_teacher);
+  params.wide_outputs = to.lse_teacher.scalar_type() == at::kDouble;
+}
+
+/// Runs the forward kernels: in double where `form` is given, otherwise in float with the marked blocks in double.
+void run_forward(ForwardParams params, const RowTensors& to, bool float64, const at::Device& device) {
+  constexpr const char* kAction = "forward";
+  const cudaStream_t stream = current_stream(device);
+  set_outputs(params, to);
+  if (float64) {
+    check_launch(forward_in_double(params, Blocks::kAll, stream), kAction, device);
+    return;
+  }
+  const at::Tensor marks = clear_marks(int64_t{params.batch} * params.heads, params.visibility.rows, device);
+  params.redo = marks.mutable_data_ptr<int>();
+  check_launch(forward(params, stream), kAction, device);
+  check_launch(forward_in_double(params, Blocks::kMarked, stream), kAction, device);
+}
+
+at::Device device_of(const RelationArguments& arguments) { return arguments.student.device(); }
+at::Device device_of(const AttentionArguments& arguments) { return arguments.query_student.device(); }
+
+template <typename Arguments>
+ThreeTensors forward_of(const Arguments& arguments) {
+  const KernelScope scope;
+  const c10::DeviceGuard guard(device_of(arguments));
+  Problem problem = problem_of(arguments);
+  const at::ScalarType dtype = statistics_dtype(arguments);
+  RowTensors to{row_tensor(problem, dtype), row_tensor(problem, dtype), row_tensor(problem, dtype)};
+  if (problem.empty()) return {to.kl.zero_(), to.lse_student.zero_(), to.lse_teacher.zero_()};
+  const bool float64 = dtype == at::kDouble;
+  LogitForm form;
+  if (float64) form = choose_logit_form(arguments, nullptr);
+  const bool exchanged = problem.divergence == linearard::Divergence::kReverseKL;
+  if (exchanged) {
+    exchange_roles(problem);
+    std::swap(form.scale_student, form.scale_teacher);
+    std::swap(form.student_multiplier, form.teacher_multiplier);
+  }
+  run_forward(forward_params(problem, float64 ? &form : nullptr), to, float64, problem.device());
+  if (exchanged) std::swap(to.lse_student, to.lse_teacher);
+  return {to.kl, to.lse_student, to.lse_teacher};
+}
+
+/// A backward call: the problem, what its kernels read, and the statistics in double for marked blocks.
+class BackwardCall {
+ public:
+  BackwardCall(Problem problem,
+               LogitForm form,
+               double scale_student,
+               const at::Tensor& grad_kl,
+               const at::Tensor& lse_student,
+               const at::Tensor& lse_teacher)
+      : problem_(std::move(problem)),
+        form_(form),
+        float64_(problem_.float64()),
+        dtype_(float64_ ? at::kDouble : at::kFloat),
+        output_scale_(float64_ ? form.gradient_scale(scale_student) / form.gradient_multiplier : scale_student),
+        grad_kl_(contiguous_as(grad_kl, dtype_)),
+        lse_student_(contiguous_as(lse_student, dtype_)),
+        lse_teacher_(contiguous_as(lse_teacher, dtype_)) {
+    if (problem_.divergence != linearard::Divergence::kForwardKL) {
+      center_ = row_tensor(problem_, dtype_);
+      const RowTensors to{center_, row_tensor(problem_, dtype_), row_tensor(problem_, dtype_)};
+      run_forward(center_params(), to, float64_, problem_.device());
+    }
+    if (problem_.student_rows.scalar_type() == at::kHalf) {
+      largest_grad_ = at::linalg_vector_norm(grad_kl_, INFINITY).to(at::kFloat);
+    }
+  }
+
+  /// Gradient of the rows; of a self-relation: of the tokens as rows and as keys.
+  at::Tensor rows() const {
+    BackwardParams params = parameters();
+    const int64_t heads = problem_.heads();
+    params.owner_student = vectors_of(problem_.student_rows, heads);
+    params.owner_teacher = vectors_of(problem_.teacher_rows, heads);
+    params.other_student = vectors_of(problem_.student_keys, heads);
+    params.other_teacher = vectors_of(problem_.teacher_keys, heads);
+    params.heads = narrow(heads);
+    params.other_heads = 1;
+    params.row_term = true;
+    params.column_term = problem_.relation;
+    return run(params, problem_.student_rows);
+  }
+
+  /// Gradient of the keys of the pair form, summed over the rows' heads that share them.
+  at::Tensor keys() const {
+    BackwardParams params = parameters();
+    const int64_t heads = problem_.heads();
+    params.owner_student = vectors_of(problem_.student_keys, heads);
+    params.owner_teacher = vectors_of(problem_.teacher_keys, heads);
+    params.other_student = vectors_of(problem_.student_rows, heads);
+    params.other_teacher = vectors_of(problem_.teacher_rows, heads);
+    params.heads = narrow(problem_.student_keys.size(1));
+    params.other_heads = params.owner_student.group;
+    params.column_term = true;
+    return run(params, problem_.student_keys);
+  }
+
+ private:
+  Problem problem_;
+  LogitForm form_;
+  bool float64_;
+  at::ScalarType dtype_;
+  double output_scale_;
+  at::Tensor grad_kl_;
+  at::Tensor lse_student_;
+  at::Tensor lse_teacher_;
+  at::Tensor center_;
+  at::Tensor largest_grad_;
+
+  ForwardParams center_params() const {
+    ForwardParams params = forward_params(problem_, float64_ ? &form_ : nullptr);
+    params.center = problem_.divergence != linearard::Divergence::kForwardKL;
+    return params;
+  }
+
+  BackwardParams parameters() const {
+    BackwardParams params{};
+    params.batch = narrow(problem_.batch());
+    params.visibility = problem_.memory.visibility;
+    params.scale_student = float64_ ? form_.scale_student : problem_.scale_student;
+    params.scale_teacher = float64_ ? form_.scale_teacher : problem_.scale_teacher;
+    params.student_multiplier = float64_ ? form_.student_multiplier : 1;
+    params.teacher_multiplier = float64_ ? form_.teacher_multiplier : 1;
+    params.difference_ratio = difference_ratio(problem_);
+    params.gradient_multiplier = float64_ ? form_.gradient_multiplier : 1;
+    params.output_scale = output_scale_;
+    params.divergence = kernel_divergence(problem_.divergence);
+    params.beta = problem_.beta;
+    params.grad_kl = grad_kl_.const_data_ptr();
+    params.lse_student = lse_student_.const_data_ptr();
+    params.lse_teacher = lse_teacher_.const_data_ptr();
+    params.center = center_.defined() ? center_.const_data_ptr() : nullptr;
+    params.wide_grad = params.wide_statistics = float64_;
+    params.largest_grad = largest_grad_.defined() ? largest_grad_.const_data_ptr<float>() : nullptr;
+    return params;
+  }
+
+  at::Tensor run(BackwardParams params, const at::Tensor& owners) const {
+    constexpr const char* kAction = "backward";
+    const at::Device device = problem_.device();
+    const cudaStream_t stream = current_stream(device);
+    at::Tensor gradient = at::empty(owners.sizes(), owners.options());
+    params.gradient = gradient.mutable_data_ptr();
+    if (float64_) {
+      check_launch(backward_in_double(params, Blocks::kAll, stream), kAction, device);
+      return gradient;
+    }
+    const at::Tensor marks = clear_marks(owners.size(0) * owners.size(1), owners.size(2), device);
+    params.redo = marks.mutable_data_ptr<int>();
+    check_launch(backward(params, stream), kAction, device);
+
+    // Float statistics cannot hold what made the marks: all again in double.
+    const auto wide = [&] { return row_tensor(problem_, at::kDouble); };
+    const RowTensors statistics{center_.defined() ? wide() : at::Tensor(), wide(), wide()};
+    ForwardParams again = center_params();
+    set_outputs(again, statistics);
+    again.redo = params.redo;
+    check_launch(forward_in_double(again, Blocks::kAllIfAnyIsMarked, stream), kAction, device);
+    params.lse_student = statistics.lse_student.const_data_ptr();
+    params.lse_teacher = statistics.lse_teacher.const_data_ptr();
+    params.center = statistics.kl.defined() ? statistics.kl.const_data_ptr() : nullptr;
+    params.wide_statistics = true;
+    check_launch(backward_in_double(params, Blocks::kMarked, stream), kAction, device);
+    return gradient;
+  }
+};
+
+template <typename Arguments>
+BackwardCall backward_call(const at::Tensor& grad_kl,
+                           const at::Tensor& lse_student,
+                           const at::Tensor& lse_teacher,
+                           const Arguments& arguments,
+                           Problem problem) {
+  LogitForm form;
+  if (problem.float64()) form = choose_logit_form(arguments, &grad_kl);
+  return {std::move(problem), form, arguments.scale_student, grad_kl, lse_student, lse_teacher};
+}
+
+struct CudaBackend {
+  static constexpr bool kHasValues = true;
+
+  static ThreeTensors relation_forward(const RelationArguments& arguments) { return forward_of(arguments); }
+  static ThreeTensors attention_forward(const AttentionArguments& arguments) { return forward_of(arguments); }
+
+  static at::Tensor relation_backward(const at::Tensor& grad_kl,
+                                      const at::Tensor& lse_student,
+                                      const at::Tensor& lse_teacher,
+                                      const RelationArguments& arguments) {
+    const KernelScope scope;
+    const c10::DeviceGuard guard(device_of(arguments));
+    Problem problem = problem_of(arguments);
+    if (problem.empty()) return at::zeros(arguments.student.sizes(), arguments.student.options());
+    return backward_call(grad_kl, lse_student, lse_teacher, arguments, std::move(problem)).rows();
+  }
+
+  static TwoTensors attention_backward(const at::Tensor& grad_kl,
+                                       const at::Tensor& lse_student,
+                                       const at::Tensor& lse_teacher,
+                                       const AttentionArguments& arguments) {
+    const KernelScope scope;
+    const c10::DeviceGuard guard(device_of(arguments));
+    Problem problem = problem_of(arguments);
+    if (problem.empty()) {
+      const auto zeros = [](const at::Tensor& like) { return at::zeros(like.sizes(), like.options()); };
+      return {zeros(arguments.query_student), zeros(arguments.key_student)};
+    }
+    const BackwardCall call = backward_call(grad_kl, lse_student, lse_teacher, arguments, std::move(problem));
+    return {call.rows(), call.keys()};
+  }
+
+  static at::Tensor relation_lse(const RelationArguments& arguments) {
+    const KernelScope scope;
+    const c10::DeviceGuard guard(device_of(arguments));
+    const Problem problem = problem_of(arguments);
+    const at::ScalarType dtype = statistics_dtype(arguments);
+    RowTensors to{{}, {}, row_tensor(problem, dtype)};
+    if (problem.empty()) return to.lse_teacher.zero_();
+    const bool float64 = dtype == at::kDouble;
+    LogitForm form;
+    if (float64) form = choose_logit_form(arguments, nullptr);
+    ForwardParams params = forward_params(problem, float64 ? &form : nullptr);
+    params.teacher_only = true;
+    params.divergence = Divergence::kForwardKL;
+    run_forward(params, to, float64, problem.device());
+    return to.lse_teacher;
+  }
+};
+
+}  // namespace
+
+ExecutionPlan relation_plan(const RelationArguments& arguments) {
+  const c10::DeviceGuard guard(arguments.student.device());
+  const Problem problem = problem_of(arguments);
+  const bool float64 = problem.float64();
+  ForwardParams params = forward_params(problem, nullptr);
+  const bool tensor_cores = !float64 && uses_tensor_cores(params);
+  const TileShape tiles = tiles_of(params);
+  const auto blocks = [](int64_t length, int64_t tile) { return (length + tile - 1) / tile; };
+  const int64_t problems = problem.batch() * problem.heads();
+  const int64_t row_count = problems * problem.rows();
+  ExecutionPlan plan;
+  plan.backend = "cuda";
+  plan.instruction_set = tensor_cores ? "tensor cores (mma.sync)" : "fused multiply-add";
+  plan.traversal = "dense";
+  plan.compute_dtype = float64 ? "float64" : "float32";
+  plan.tile_rows = tiles.rows;
+  plan.tile_columns = tiles.columns;
+  plan.tile_count = problems * blocks(problem.rows(), tiles.rows) * blocks(problem.keys(), tiles.columns);
+  plan.threads = tensor_cores ? 128 : 256;
+
+  // The allocator rounds every block up to 512 bytes.
+  constexpr int64_t kRounding = 512;
+  const int64_t visibility = problem.memory.ranges.defined()
+                                 ? problem.memory.ranges.numel() * 4 + problem.batch() * (problem.keys() + 1) * 4 +
+                                       problem.batch() * problem.keys() + 4 * kRounding
+                                 : 0;
+  const int64_t marks = (1 + problems * blocks(problem.rows(), kRedoRows)) * 4 + kRounding;
+  const bool centers = problem.divergence != linearard::Divergence::kForwardKL;
+  plan.workspace_bytes_forward = visibility + (float64 ? kRounding : marks);
+  plan.workspace_bytes_backward = visibility + (centers ? 3 * (row_count * (float64 ? 8 : 4) + kRounding) : 0) +
+                                  (float64 ? kRounding : marks + (centers ? 3 : 2) * (row_count * 8 + kRounding)) +
+                                  2 * kRounding;
+  plan.deterministic = true;
+  return plan;
+}
+
+}  // namespace linearard::cuda
+
+TORCH_LIBRARY_IMPL(linearard, CUDA, m) { linearard::Kernels<linearard::cuda::CudaBackend>::register_in(m); }
