@@ -25,6 +25,8 @@ struct Base<float> {
     return result;
   }
   __device__ static float log(float x) { return log2f(x); }
+  /// To 2 units in the last place, without the slow path of IEEE division; 0 for divisors beyond 2^126.
+  __device__ static float divide(float x, float y) { return __fdividef(x, y); }
 
   /// phi(x) / x^2 by its series, phi(x) = e^x - 1 - x in nats; |x| < kSeries.
   static constexpr float kSeries = 0.36f;
@@ -51,6 +53,7 @@ struct Base<double> {
   static constexpr double kLargestExponent = 600;
   __device__ static double exp(double x) { return ::exp(x); }
   __device__ static double log(double x) { return ::log(x); }
+  __device__ static double divide(double x, double y) { return x / y; }
 
   static constexpr double kSeries = 0.03125;
   __device__ static double phi_series(double x) {
@@ -139,7 +142,7 @@ struct RowSums {
   /// whole row; @param first whether this thread is the first of the row's. Returns k.
   __device__ Real recenter(Real tile_sum, Real tile_moment, bool first) {
     const Real total = sum_teacher + tile_sum;
-    const Real shift = total > 0 ? tile_moment / total : Real(0);
+    const Real shift = total > 0 ? B::divide(tile_moment, total) : Real(0);
     mean += shift;
     if (far || fabs(shift) > kLargeShift) {
       sum_phi = sum_student * student_factor();
@@ -169,7 +172,8 @@ struct RowSums {
   /// After the threads' sums of the row have been added up.
   __device__ Real divergence() const {
     const Real c = sum_phi / sum_teacher;
-    if (c < kFarDivergence && !(gap() > kFarGap)) return log1p(c);
+    // Negative: logits so large that the gap itself is lost in rounding.
+    if (c >= 0 && c < kFarDivergence && !(gap() > kFarGap)) return log1p(c);
     return lse_student() - lse_teacher() - mean * B::kNats;
   }
 };

@@ -260,8 +260,7 @@ class Backward {
   __device__ void weigh_tile(Logits& student, Logits& teacher, const Terms& terms, int stage) {
     constexpr bool kRowTerm = kKind != Kind::kColumns;
     constexpr bool kColumnTerm = kKind != Kind::kRows;
-    const float scale_student = static_cast<float>(p_.scale_student * Base<float>::kUnit);
-    const float scale_teacher = static_cast<float>(p_.scale_teacher * Base<float>::kUnit);
+    const LogitScales scales(p_.scale_student, p_.scale_teacher);
 #pragma unroll
     for (int n = 0; n < kColumnGroups; ++n) {
       RowValues columns[2];
@@ -274,9 +273,9 @@ class Backward {
       for (int m = 0; m < kSlabs; ++m) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          teacher[m][n][c] *= scale_teacher;
-          const float delta = student[m][n][c] * scale_student - teacher[m][n][c];
+          const float delta = scales.difference(student[m][n][c], teacher[m][n][c]);
           student[m][n][c] = delta;
+          teacher[m][n][c] = scales.logit(teacher[m][n][c]);
           if constexpr (kRowTerm) {
             largest = fmaxf(largest, fabsf(delta - owner_values()[row_in_block(2 * m + c / 2)].lse_difference));
           }

@@ -129,23 +129,21 @@ class Forward {
     multiply_tile<T, kDim, kSlabs>(teacher, shared_ + S::kOwnerTeacher, others + S::kOtherBytes, warp_row_);
     if (!p_.teacher_only) multiply_tile<T, kDim, kSlabs>(student, shared_, others, warp_row_);
 
-    const float scale_student = static_cast<float>(p_.scale_student * Base<float>::kUnit);
-    const float scale_teacher = static_cast<float>(p_.scale_teacher * Base<float>::kUnit);
+    const LogitScales scales(p_.scale_student, p_.scale_teacher);
     if (is_full(tile)) {
-      add_rows<true>(student, teacher, ~0u, scale_student, scale_teacher);
+      add_rows<true>(student, teacher, ~0u, scales);
     } else {
-      add_rows<false>(student, teacher, visible_elements(tile), scale_student, scale_teacher);
+      add_rows<false>(student, teacher, visible_elements(tile), scales);
     }
   }
 
   template <bool kAll>
-  __device__ void add_rows(const Logits& student, const Logits& teacher, uint32_t visible, float scale_student,
-                           float scale_teacher) {
+  __device__ void add_rows(const Logits& student, const Logits& teacher, uint32_t visible, const LogitScales& scales) {
 #pragma unroll
     for (int m = 0; m < kSlabs; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        add_row<kAll>(sums_[2 * m + half], student[m], teacher[m], visible, m, half, scale_student, scale_teacher);
+        add_row<kAll>(sums_[2 * m + half], student[m], teacher[m], visible, m, half, scales);
       }
     }
   }
@@ -154,7 +152,7 @@ class Forward {
   template <bool kAll>
   __device__ static void add_row(RowSums<float>& sums, const float (&student)[kColumnGroups][4],
                                  const float (&teacher)[kColumnGroups][4], uint32_t visible, int m, int half,
-                                 float scale_student, float scale_teacher) {
+                                 const LogitScales& scales) {
     constexpr int kElements = 2 * kColumnGroups;
     float s[kElements];
     float t[kElements];
@@ -165,8 +163,9 @@ class Forward {
     for (int e = 0; e < kElements; ++e) {
       const int n = e / 2;
       const int c = 2 * half + e % 2;
-      s[e] = student[n][c] * scale_student;
-      t[e] = teacher[n][c] * scale_teacher;
+      t[e] = scales.logit(teacher[n][c]);
+      ratio[e] = scales.difference(student[n][c], teacher[n][c]);
+      s[e] = t[e] + ratio[e];
       if (kAll || (visible >> bit_of(m, n, c) & 1u) != 0) {
         top_student = fmaxf(top_student, s[e]);
         top_teacher = fmaxf(top_teacher, t[e]);
@@ -181,7 +180,7 @@ class Forward {
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
       const bool seen = kAll || (visible >> bit_of(m, e / 2, 2 * half + e % 2) & 1u) != 0;
-      const float x = s[e] - t[e] - sums.mean;
+      const float x = ratio[e] - sums.mean;
       s[e] = seen ? Base<float>::exp(s[e] - reference_student) : 0.f;
       t[e] = seen ? Base<float>::exp(t[e] - reference_teacher) : 0.f;
       ratio[e] = seen ? x : 0.f;

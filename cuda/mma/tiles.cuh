@@ -1,5 +1,6 @@
 #pragma once
 
+#include "../common/device_math.cuh"
 #include "../common/visibility.cuh"
 #include "instructions.cuh"
 
@@ -116,6 +117,24 @@ __device__ void multiply_tile(float (&logits)[kSlabs][kColumnGroups][4], uint32_
     }
   }
 }
+
+/// Products of vectors as logits, in logit units. s - t is formed from the raw products, whose difference is exact where
+/// they are close: scaling s and t first would round both.
+struct LogitScales {
+  float teacher;
+  float student;
+  float excess;  ///< student - teacher
+
+  __device__ LogitScales(double scale_student, double scale_teacher)
+      : teacher(static_cast<float>(scale_teacher * Base<float>::kUnit)),
+        student(static_cast<float>(scale_student * Base<float>::kUnit)),
+        excess(static_cast<float>((scale_student - scale_teacher) * Base<float>::kUnit)) {}
+
+  __device__ float logit(float product_teacher) const { return product_teacher * teacher; }
+  __device__ float difference(float product_student, float product_teacher) const {
+    return fmaf(product_teacher, excess, (product_student - product_teacher) * student);
+  }
+};
 
 /// A thread's elements of a tile: logits[m][n][c] is row m * 16 + lane / 4 + 8 (c / 2), column n * 8 + 2 (lane % 4) +
 /// c % 2 of its warp's rows. Bit (m * kColumnGroups + n) * 4 + c of a mask stands for it.
