@@ -50,7 +50,7 @@ class StageProgress:
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Nobody reads on: the command line ends, with the same status wherever it happens."""
-        raise  # noqa: PLE0704 (rich calls this while it handles the BrokenPipeError)
+        raise  # what rich is handling
 
 
 class Display:
