@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BUILD ?= build/release
 MINUTES ?= 5
-PYTEST_ARGS ?=
+# One process for each core: the tests compute on one thread.
+PYTEST_ARGS ?= -n logical
 # At most one compile job for each 2 GiB of memory: torch's headers are large.
 JOBS ?= $(shell awk -v cores=$$(nproc) '/MemAvailable/ {jobs = int($$2 / 2097152); if (jobs < 1) jobs = 1; \
           print (jobs < cores) ? jobs : cores}' /proc/meminfo)

@@ -7,9 +7,7 @@
 namespace linearard {
 namespace {
 
-at::Tensor vectors(int64_t tokens, at::ScalarType dtype = at::kFloat) {
-  return at::zeros({1, 9, tokens, 64}, dtype);
-}
+at::Tensor vectors(int64_t tokens, at::ScalarType dtype = at::kFloat) { return at::zeros({1, 9, tokens, 64}, dtype); }
 
 TEST(Plan, SaysHowACallIsExecuted) {
   const ExecutionPlan plan = plan_relation_kl(vectors(2048), vectors(2048));
