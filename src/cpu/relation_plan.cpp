@@ -43,8 +43,8 @@ int64_t list_bytes(const RelationCall& call) {
   if (call.arguments.key_padding_mask) {
     const int64_t tokens = call.arguments.key_padding_mask->numel();
     const int64_t heads = call.arguments.student.size(1);
-    constexpr int64_t kPositions = 3 * 8 + 4;  // of a token: lists that grow, indices, masks
-    constexpr int64_t kMagnitudes = 3 * 8;     // of a token and head
+    constexpr int64_t kPositions = 28;   // of a token: lists that grow, indices, masks
+    constexpr int64_t kMagnitudes = 24;  // of a token and head
     bytes += tokens * (kPositions + heads * kMagnitudes);
   }
   return bytes;
