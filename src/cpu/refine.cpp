@@ -30,12 +30,13 @@ int64_t refined_at_once(int64_t keys) { return std::max<int64_t>(1, kRefineEleme
 
 }  // namespace
 
-int64_t refine_bytes(int64_t rows, int64_t keys, int64_t dimension) {
-  constexpr int64_t kMatrices = 16;  // of logits of a block and what aten::divergence_forward makes of them, in float
+int64_t refine_bytes(const LogitForm& form, int64_t rows, int64_t keys, int64_t dimension) {
+  constexpr int64_t kMatrices = 16;  // of logits of a block and what aten::divergence_forward makes of them
   constexpr int64_t kOperands = 4;   // of Vectors
+  const auto element = static_cast<int64_t>(c10::elementSize(form.compute));
   const int64_t rows_at_once = std::min(rows, refined_at_once(keys));
-  const int64_t keys_bytes = (kMatrices * 4 + 8) * keys;  // the 8: numbers of the keys, as int64
-  return rows_at_once * (keys_bytes + kOperands * 4 * dimension);
+  const int64_t keys_bytes = (kMatrices * element + 8) * keys;  // the 8: numbers of the keys, as int64
+  return rows_at_once * (keys_bytes + kOperands * element * dimension);
 }
 
 void refine_rows(const LogitForm& form,
@@ -43,8 +44,6 @@ void refine_rows(const LogitForm& form,
                  const Operand& keys,
                  const std::function<int64_t(int64_t)>& visible,
                  std::vector<RowResult>& results) {
-  // In double the direct sum has digits to spare.
-  if (form.compute == at::kDouble) return;
   const aten::Vectors all_rows = as_vectors(rows);
   const aten::Vectors all_keys = as_vectors(keys);
   aten::DivergenceOptions options;
@@ -62,9 +61,9 @@ void refine_rows(const LogitForm& form,
     const aten::RowValues values =
         aten::divergence_forward(form, options, select_rows(all_rows, at::tensor(chosen, at::kLong)), all_keys,
                                  {at::tensor(visible_to_chosen, at::kLong), false});
-    const at::Tensor kl = values.kl.contiguous();
+    const at::Tensor kl = values.kl.to(at::kDouble).contiguous();
     for (int64_t k = 0; k < count; ++k)
-      results[static_cast<size_t>(chosen[k])].kl = static_cast<double>(kl.const_data_ptr<float>()[k]);
+      results[static_cast<size_t>(chosen[k])].kl = kl.const_data_ptr<double>()[k];
     chosen.clear();
     visible_to_chosen.clear();
   }

@@ -18,6 +18,6 @@ void refine_rows(const LogitForm& form,
                  std::vector<RowResult>& results);
 
 /// Upper bound on the memory that it takes, whatever the results are.
-int64_t refine_bytes(int64_t rows, int64_t keys, int64_t dimension);
+int64_t refine_bytes(const LogitForm& form, int64_t rows, int64_t keys, int64_t dimension);
 
 }  // namespace linearard::cpu

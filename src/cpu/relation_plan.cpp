@@ -71,8 +71,7 @@ int64_t workspace_bytes(const RelationCall& call, bool backward) {
     const int64_t heads_at_once = at::get_num_threads();  // that are packed
     int64_t bytes = std::min(rows, heads_at_once * longest) * transient_bytes_per_row(call, backward) +
                     heads_at_once * scaled_difference_bytes(longest * dimension, call.form);
-    const bool refines = call.form.compute == at::kFloat && !backward;
-    if (refines) bytes = std::max(bytes, refine_bytes(longest, longest, dimension));
+    if (!backward || call.form.wide) bytes = std::max(bytes, refine_bytes(call.form, longest, longest, dimension));
     bytes += rows * row_bytes + blocks * block_bytes();
     bytes += 2 * blocks * static_cast<int64_t>(sizeof(TileTask));
     bytes += static_cast<int64_t>(groups[group + 1] - groups[group]) * kProblem;
