@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BUILD ?= build/release
 MINUTES ?= 5
-PYTEST_ARGS ?=
+# One process for each core: the tests compute on one thread.
+PYTEST_ARGS ?= -n logical
 # At most one compile job for each 2 GiB of memory: torch's headers are large.
 JOBS ?= $(shell awk -v cores=$$(nproc) '/MemAvailable/ {jobs = int($$2 / 2097152); if (jobs < 1) jobs = 1; \
           print (jobs < cores) ? jobs : cores}' /proc/meminfo)
@@ -54,7 +55,7 @@ test: test-cpp test-python ## Configure, build, and run the C++ and the Python t
 test-cpp: $(DEVELOPMENT) .googletest
 	$(BIN)/cmake -S . -B $(BUILD) -D LINEARARD_BUILD_TESTS=ON
 	$(BIN)/cmake --build $(BUILD)
-	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
+	$(BIN)/ctest --test-dir $(BUILD) --parallel $(JOBS) --output-on-failure --no-tests=error
 
 test-python: $(DEVELOPMENT)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -83,7 +84,7 @@ bench: $(DEVELOPMENT) .googlebenchmark ## Build and run the C++ benchmarks
 sanitize: $(TOOLS) .googletest ## Run the C++ tests under the address and undefined-behaviour sanitizers
 	$(BIN)/cmake --preset sanitize
 	$(BIN)/cmake --build --preset sanitize
-	$(BIN)/ctest --preset sanitize
+	$(BIN)/ctest --preset sanitize --parallel $(JOBS)
 
 cuda: $(TOOLS) ## Compile the CUDA part for all its architectures (needs nvcc, no GPU)
 	$(BIN)/cmake --preset cuda -D LINEARARD_BUILD_TESTS=OFF

@@ -50,8 +50,9 @@ at::ScalarType parse_dtype(const std::string& text) {
 }  // namespace
 
 std::string Shape::name() const {
-  return "B" + std::to_string(batch) + "/H" + std::to_string(heads) + "/N" + std::to_string(tokens) + "/D" +
-         std::to_string(dimension);
+  // A string first: GCC 12 warns about memcpy in literal + string (its bug 105651).
+  return std::string("B") + std::to_string(batch) + "/H" + std::to_string(heads) + "/N" + std::to_string(tokens) +
+         "/D" + std::to_string(dimension);
 }
 
 const char* dtype_name(at::ScalarType dtype) {

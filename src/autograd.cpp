@@ -17,6 +17,30 @@ using torch::autograd::variable_list;
 at::Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : at::Tensor(); }
 OptionalTensor or_nothing(const Variable& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
+/// The options that are no tensors, which relations and attention maps have in common, into a node and out of it.
+template <typename Options>
+void save_options(AutogradContext& context, const Options& options) {
+  auto& data = context.saved_data;
+  data["scale_student"] = options.scale_student();
+  data["scale_teacher"] = options.scale_teacher();
+  data["causal"] = options.causal();
+  data["divergence"] = static_cast<int64_t>(options.divergence());
+  data["beta"] = options.beta();
+  data["deterministic"] = options.deterministic();
+}
+
+template <typename Options>
+Options saved_options(const AutogradContext& context) {
+  const auto& data = context.saved_data;
+  return Options{}
+      .scale_student(data.at("scale_student").to<std::optional<double>>())
+      .scale_teacher(data.at("scale_teacher").to<std::optional<double>>())
+      .causal(data.at("causal").toBool())
+      .divergence(static_cast<Divergence>(data.at("divergence").toInt()))
+      .beta(data.at("beta").toDouble())
+      .deterministic(data.at("deterministic").to<std::optional<bool>>());
+}
+
 /// Double backward would need another kernel; asking for it is an error rather than a silent zero. The node passes on
 /// the gradients that a backward kernel has computed out of its differentiable arguments `from` and `student`.
 class OnceDifferentiable : public Function<OnceDifferentiable> {
@@ -46,28 +70,16 @@ class RelationKL : public Function<RelationKL> {
     auto [kl, lse_student, lse_teacher] = call_relation_kl_forward(student, teacher, options);
     context->save_for_backward({student, teacher, lse_student, lse_teacher, or_undefined(options.key_padding_mask()),
                                 or_undefined(options.cu_seqlens())});
-    context->saved_data["scale_student"] = options.scale_student();
-    context->saved_data["scale_teacher"] = options.scale_teacher();
-    context->saved_data["causal"] = options.causal();
-    context->saved_data["divergence"] = static_cast<int64_t>(options.divergence());
-    context->saved_data["beta"] = options.beta();
-    context->saved_data["deterministic"] = options.deterministic();
+    save_options(*context, options);
     context->mark_non_differentiable({lse_student, lse_teacher});
     return {kl, lse_student, lse_teacher};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     const variable_list saved = context->get_saved_variables();
-    auto& data = context->saved_data;
-    const auto options = RelationOptions{}
+    const auto options = saved_options<RelationOptions>(*context)
                              .key_padding_mask(or_nothing(saved[4]))
-                             .cu_seqlens(or_nothing(saved[5]))
-                             .scale_student(data["scale_student"].to<std::optional<double>>())
-                             .scale_teacher(data["scale_teacher"].to<std::optional<double>>())
-                             .causal(data["causal"].toBool())
-                             .divergence(static_cast<Divergence>(data["divergence"].toInt()))
-                             .beta(data["beta"].toDouble())
-                             .deterministic(data["deterministic"].to<std::optional<bool>>());
+                             .cu_seqlens(or_nothing(saved[5]));
     return {call_relation_kl_backward(gradients[0], saved[0], saved[1], saved[2], saved[3], options), Variable(),
             Variable()};
   }
@@ -87,30 +99,18 @@ class AttentionKL : public Function<AttentionKL> {
     context->save_for_backward({query_student, key_student, query_teacher, key_teacher, lse_student, lse_teacher,
                                 or_undefined(options.query_padding_mask()), or_undefined(options.key_padding_mask()),
                                 or_undefined(options.cu_seqlens()), or_undefined(options.cu_seqlens_key())});
-    context->saved_data["scale_student"] = options.scale_student();
-    context->saved_data["scale_teacher"] = options.scale_teacher();
-    context->saved_data["causal"] = options.causal();
-    context->saved_data["divergence"] = static_cast<int64_t>(options.divergence());
-    context->saved_data["beta"] = options.beta();
-    context->saved_data["deterministic"] = options.deterministic();
+    save_options(*context, options);
     context->mark_non_differentiable({lse_student, lse_teacher});
     return {kl, lse_student, lse_teacher};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     const variable_list saved = context->get_saved_variables();
-    auto& data = context->saved_data;
-    const auto options = AttentionOptions{}
+    const auto options = saved_options<AttentionOptions>(*context)
                              .query_padding_mask(or_nothing(saved[6]))
                              .key_padding_mask(or_nothing(saved[7]))
                              .cu_seqlens(or_nothing(saved[8]))
-                             .cu_seqlens_key(or_nothing(saved[9]))
-                             .scale_student(data["scale_student"].to<std::optional<double>>())
-                             .scale_teacher(data["scale_teacher"].to<std::optional<double>>())
-                             .causal(data["causal"].toBool())
-                             .divergence(static_cast<Divergence>(data["divergence"].toInt()))
-                             .beta(data["beta"].toDouble())
-                             .deterministic(data["deterministic"].to<std::optional<bool>>());
+                             .cu_seqlens_key(or_nothing(saved[9]));
     auto [grad_query, grad_key] =
         call_attention_kl_backward(gradients[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], options);
     return {grad_query, grad_key, Variable(), Variable(), Variable()};

@@ -3,10 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
-#include <utility>
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/maximum.h>
 #include <ATen/ops/nan_to_num.h>
 
 namespace linearard {
@@ -37,12 +38,32 @@ double scale_of_products(double scale, double multiplier) {
   return std::clamp(scale / multiplier / multiplier, -kDoubleLimit, kDoubleLimit);
 }
 
-/// Largest finite absolute value of a tensor (0 if there is none), and whether there are no others.
-std::pair<double, bool> largest_magnitude(const at::Tensor& tensor) {
-  if (tensor.numel() == 0) return {0, true};
-  const double largest = at::linalg_vector_norm(tensor, INFINITY).item<double>();
+/// Largest finite absolute value (0 if there is none), and whether there are no others.
+struct Magnitude {
+  double largest = 0;
+  bool finite = true;
+};
+
+/// @param padding undefined, or broadcasts to the tokens of `tensor` [..., N, D]: those do not count
+double largest_absolute(const at::Tensor& tensor, const at::Tensor& padding) {
+  if (!padding.defined()) return at::linalg_vector_norm(tensor, INFINITY).item<double>();
+  // One number for each token: a copy of the tensor without its padding would be as large as the input.
+  const at::Tensor tokens = at::maximum(tensor.amax(-1), tensor.amin(-1).neg_());
+  return at::linalg_vector_norm(tokens.masked_fill_(padding, 0), INFINITY).item<double>();
+}
+
+/// @param tensor [B, ...], @param padding undefined, or [B, 1, N] for a tensor [B, H, N, D]
+Magnitude magnitude_of(const at::Tensor& tensor, const at::Tensor& padding) {
+  if (tensor.numel() == 0) return {};
+  const double largest = largest_absolute(tensor, padding);
   if (std::isfinite(largest)) return {largest, true};
-  return {at::linalg_vector_norm(at::nan_to_num(tensor, 0, 0, 0), INFINITY).item<double>(), false};
+  Magnitude magnitude{0, false};
+  for (int64_t batch = 0; batch < tensor.size(0); ++batch) {  // a copy of the whole would be as large as the input
+    const at::Tensor finite = at::nan_to_num(tensor.select(0, batch), 0, 0, 0);
+    const at::Tensor rows = padding.defined() ? padding.select(0, batch) : at::Tensor();
+    magnitude.largest = std::max(magnitude.largest, largest_absolute(finite, rows));
+  }
+  return magnitude;
 }
 
 /// What decides. Padding does not.
@@ -60,14 +81,13 @@ struct InputSizes {
   void add_student(const at::Tensor& x, const Mask& mask) { add(x, mask, student, student_dimension); }
   void add_teacher(const at::Tensor& y, const Mask& mask) { add(y, mask, teacher, teacher_dimension); }
   void add_gradient(const at::Tensor& grad_kl, int64_t rows) {
-    const double largest = largest_magnitude(grad_kl).first * static_cast<double>(rows);
+    const double largest = magnitude_of(grad_kl, {}).largest * static_cast<double>(rows);
     gradient = std::min(largest, std::numeric_limits<double>::max());
   }
 
  private:
   void add(const at::Tensor& tensor, const Mask& mask, double& magnitude, int64_t& dimension) {
-    const at::Tensor real = mask ? tensor.masked_fill(mask->logical_not().unsqueeze(1).unsqueeze(-1), 0) : tensor;
-    const auto [largest, all_finite] = largest_magnitude(real);
+    const auto [largest, all_finite] = magnitude_of(tensor, mask ? mask->logical_not().unsqueeze(1) : at::Tensor());
     magnitude = std::max(magnitude, largest);
     dimension = tensor.size(-1);
     finite = finite && all_finite;
@@ -124,6 +144,19 @@ LogitForm choose_logit_form(const AttentionArguments& arguments, const at::Tenso
   return choose(sizes, arguments.scale_student, arguments.scale_teacher);
 }
 
+namespace {
+
+/// Elements that are in double at once, where a difference needs that. Fewer on the CPU, where nothing is launched.
+constexpr int64_t kExactElementsCpu = int64_t{1} << 16;
+constexpr int64_t kExactElements = int64_t{1} << 24;
+
+}  // namespace
+
+int64_t scaled_difference_bytes(int64_t elements, const LogitForm& form) {
+  if (!form.difference || form.student_ratio == 1) return 0;
+  return 3 * static_cast<int64_t>(sizeof(double)) * std::min(elements, kExactElementsCpu);
+}
+
 ScaledDifference scaled_difference(const at::Tensor& student, const at::Tensor& teacher, const LogitForm& form) {
   if (!form.difference) return {};
   ScaledDifference result{student, {}};
@@ -131,9 +164,18 @@ ScaledDifference scaled_difference(const at::Tensor& student, const at::Tensor& 
     result.difference = student - teacher;
   } else {
     // In double: the rounding of ratio * x would otherwise be of the size of a small difference.
-    const at::Tensor exact = student.to(at::kDouble) * form.student_ratio;
-    result.difference = (exact - teacher).to(form.compute);
-    result.scaled_student = exact.to(form.compute);
+    result.scaled_student = at::empty_like(student, at::MemoryFormat::Contiguous);
+    result.difference = at::empty_like(student, at::MemoryFormat::Contiguous);
+    const int64_t rows = student.size(-2);
+    const int64_t elements = student.is_cpu() ? kExactElementsCpu : kExactElements;
+    const int64_t step =
+        std::max<int64_t>(1, elements / std::max<int64_t>(1, student.numel() / std::max<int64_t>(1, rows)));
+    for (int64_t begin = 0; begin < rows; begin += step) {
+      const int64_t count = std::min(step, rows - begin);
+      const at::Tensor exact = student.narrow(-2, begin, count).to(at::kDouble).mul_(form.student_ratio);
+      result.scaled_student.narrow(-2, begin, count).copy_(exact);
+      result.difference.narrow(-2, begin, count).copy_(exact.sub_(teacher.narrow(-2, begin, count)));
+    }
   }
   // Far apart, s = t + delta would carry the rounding of a teacher's logit that may be much larger than s.
   const at::Tensor close = at::linalg_vector_norm(result.difference).lt(at::linalg_vector_norm(teacher).mul(0.7));

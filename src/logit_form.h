@@ -46,4 +46,8 @@ struct ScaledDifference {
 /// @param student, teacher packed rows
 ScaledDifference scaled_difference(const at::Tensor& student, const at::Tensor& teacher, const LogitForm& form);
 
+/// Upper bound on what that takes on the CPU beyond its results.
+/// @param elements of student
+int64_t scaled_difference_bytes(int64_t elements, const LogitForm& form);
+
 }  // namespace linearard

@@ -1,6 +1,8 @@
 """The command `linearard`: restore, evaluate, info."""
 
 import logging
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +25,21 @@ commands:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 2 for input that cannot be used."""
+    try:
+        try:
+            return run(arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has seen enough (`linearard info | head -1`): end as SIGPIPE ends other tools. What is
+        # left in the buffer goes nowhere, or the interpreter would complain about it when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Run a command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], None]] = {
         "restore": restore_command,

@@ -47,11 +47,17 @@ class StageProgress:
             self._bar.update(self._task, note=text)
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads on: the command line ends, with the same status wherever it happens."""
+        raise  # what rich is handling
+
+
 class Display:
     """Messages and progress on a rich console; a quiet one shows nothing."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
-        self.console = console or Console(quiet=quiet)
+        self.console = console or _Console(quiet=quiet)
 
     def say(self, text: str) -> None:
         """One line."""

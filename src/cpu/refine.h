@@ -17,4 +17,7 @@ void refine_rows(const LogitForm& form,
                  const std::function<int64_t(int64_t)>& visible,
                  std::vector<RowResult>& results);
 
+/// Upper bound on the memory that it takes, whatever the results are.
+int64_t refine_bytes(const LogitForm& form, int64_t rows, int64_t keys, int64_t dimension);
+
 }  // namespace linearard::cpu

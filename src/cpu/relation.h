@@ -29,9 +29,6 @@ int64_t tile_rows_for(int64_t longest, int64_t head_dimension);
 /// Returns the first problem of each group, and the number of problems at the end.
 std::vector<size_t> group_boundaries(const std::vector<Problem>& problems, int64_t tile_rows, int64_t bytes_per_row);
 
-/// Packed rows, statistics and gradient accumulators, in bytes for each row of a group.
-int64_t workspace_bytes_per_row(const LogitForm& form, const RelationArguments& arguments, bool backward);
-
 /// What a forward and a backward share.
 struct RelationCall {
   /// @param grad_kl upstream gradient in the backward, null in the forward
@@ -49,6 +46,12 @@ struct RelationCall {
     return tensor.select(0, problem.rows->batch).select(0, problem.head);
   }
 };
+
+/// Whether the packed rows of student or teacher are a copy, and not the input itself.
+bool packs_copy(const at::Tensor& tensor, double multiplier, const RelationCall& call);
+
+/// Packed rows, statistics, row vectors and gradient accumulators: bytes for each row of a group, at most.
+int64_t workspace_bytes_per_row(const RelationCall& call, bool backward);
 
 /// The packed heads of one group.
 std::vector<Operand> pack_group(const RelationCall& call, size_t begin, size_t end);

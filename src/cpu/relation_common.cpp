@@ -35,20 +35,29 @@ std::vector<size_t> group_boundaries(const std::vector<Problem>& problems, int64
   return boundaries;
 }
 
-int64_t workspace_bytes_per_row(const LogitForm& form, const RelationArguments& arguments, bool backward) {
+bool packs_copy(const at::Tensor& tensor, double multiplier, const RelationCall& call) {
+  const bool holes = call.arguments.key_padding_mask.has_value();
+  const bool is_matrix = tensor.stride(2) >= tensor.size(3);
+  return holes || multiplier != 1 || tensor.scalar_type() != call.form.compute || !is_matrix;
+}
+
+int64_t workspace_bytes_per_row(const RelationCall& call, bool backward) {
+  const LogitForm& form = call.form;
   const int64_t element = static_cast<int64_t>(c10::elementSize(form.compute));
-  const int64_t student = arguments.student.size(-1);
-  const int64_t teacher = arguments.teacher.size(-1);
-  const bool holes = arguments.key_padding_mask.has_value();
-  const bool copies_student = holes || form.student_multiplier != 1 || arguments.student.scalar_type() != form.compute;
-  const bool copies_teacher = holes || form.teacher_multiplier != 1 || arguments.teacher.scalar_type() != form.compute;
-  int64_t bytes = element * ((copies_student ? student : 0) + (copies_teacher ? teacher : 0));
+  const int64_t student = call.arguments.student.size(-1);
+  const int64_t teacher = call.arguments.teacher.size(-1);
+  int64_t bytes = 0;
+  if (packs_copy(call.arguments.student, form.student_multiplier, call)) bytes += element * student;
+  if (packs_copy(call.arguments.teacher, form.teacher_multiplier, call)) bytes += element * teacher;
+  if (!form.finite) bytes += element * std::max(student, teacher);  // of either: reverse KL exchanges them
   if (form.difference) bytes += element * student;
-  if (form.difference && form.student_ratio != 1) bytes += (element + 8) * student;
-  bytes += static_cast<int64_t>(sizeof(RowStatistics) + sizeof(RowResult)) + 5 * element;
-  // Accumulator, and its copy in the gradient's dtype.
-  if (backward) bytes += (element + 8) * student;
-  return bytes;
+  if (form.difference && form.student_ratio != 1) bytes += element * student;
+  const auto statistics = static_cast<int64_t>(sizeof(RowStatistics));
+  const auto result = static_cast<int64_t>(sizeof(RowResult));
+  const int64_t vectors = 5 * element;
+  if (!backward) return bytes + result + std::max(statistics, vectors);
+  // The statistics are made again where the saved ones could not hold them, and are gone before the gradient comes.
+  return bytes + vectors + std::max(element * student, form.wide ? statistics + result : 0);
 }
 
 RelationCall::RelationCall(const RelationArguments& relation_arguments, const at::Tensor* grad_kl)
@@ -64,7 +73,7 @@ RelationCall::RelationCall(const RelationArguments& relation_arguments, const at
       problems.push_back({head, &rows});
   }
   tile_rows = tile_rows_for(longest, std::max(arguments.student.size(-1), arguments.teacher.size(-1)));
-  groups = group_boundaries(problems, tile_rows, workspace_bytes_per_row(form, arguments, grad_kl != nullptr));
+  groups = group_boundaries(problems, tile_rows, workspace_bytes_per_row(*this, grad_kl != nullptr));
   if (arguments.causal) {
     causal_visibility.resize(static_cast<size_t>(tile_rows));
     std::iota(causal_visibility.begin(), causal_visibility.end(), 1);

@@ -1,6 +1,8 @@
 """Run in a process of its own: peak memory of one forward and backward, as JSON on standard output.
 
-    python memory_probe.py HEADS TOKENS HEAD_DIM
+    python memory_probe.py '{"heads": 1, "tokens": 2048, "head_dim": 64}'
+
+Further keys: dtype, holes (padding between the tokens), and the options of relation_kl.
 
 The peak is the kernel's VmHWM, which /proc/self/clear_refs resets: unlike an allocator's counter it sees everything,
 also what the matrix library and the threads take.
@@ -43,22 +45,31 @@ def bytes_of(*tensors: torch.Tensor) -> int:
 
 
 def main() -> None:
-    heads, tokens, head_dim = (int(argument) for argument in sys.argv[1:4])
-    teacher = torch.randn(1, heads, tokens, head_dim)
-    student = teacher + 0.1 * torch.randn_like(teacher)
+    case = json.loads(sys.argv[1])
+    shape = (1, case.pop("heads"), case.pop("tokens"), case.pop("head_dim"))
+    dtype = getattr(torch, case.pop("dtype", "float32"))
+    options = case
+    if options.pop("holes", False):
+        options["key_padding_mask"] = torch.arange(shape[2]).remainder(8).ne(3).unsqueeze(0)
+    teacher = torch.randn(shape)
+    student = teacher.add(torch.randn(shape), alpha=0.1).to(dtype)
+    teacher = teacher.to(dtype)
     # Once unmeasured: threads, code pages and tables of libraries are there before the measurement.
-    kl, lse_student, lse_teacher = ops.relation_kl_forward(student, teacher)
-    ops.relation_kl_backward(torch.ones_like(kl), student, teacher, lse_student, lse_teacher)
-    forward, (kl, lse_student, lse_teacher) = peak_of(lambda: ops.relation_kl_forward(student, teacher))
+    leaf = student.detach().requires_grad_()
+    ops.relation_kl(leaf, teacher, **options).backward()
+    del leaf
+    forward, (kl, *lse) = peak_of(lambda: ops.relation_kl_forward(student, teacher, **options))
     grad_kl = torch.ones_like(kl)
-    backward, gradient = peak_of(lambda: ops.relation_kl_backward(grad_kl, student, teacher, lse_student, lse_teacher))
+    backward, gradient = peak_of(lambda: ops.relation_kl_backward(grad_kl, student, teacher, *lse, **options))
     leaf = student.requires_grad_()
-    both, _ = peak_of(lambda: ops.relation_kl(leaf, teacher).backward())
-    plan = linearard._C.plan(student.detach(), teacher)
+    both, _ = peak_of(lambda: ops.relation_kl(leaf, teacher, **options).backward())
+    if "divergence" in options:
+        options["divergence"] = getattr(linearard._C.Divergence, options["divergence"].upper())
+    plan = linearard._C.plan(student.detach(), teacher, **options)
     print(
         json.dumps(
             {
-                "forward": forward - bytes_of(kl, lse_student, lse_teacher),
+                "forward": forward - bytes_of(kl, *lse),
                 "backward": backward - bytes_of(gradient),
                 "both": both - bytes_of(gradient),
                 "planned_forward": plan["workspace_bytes_forward"],

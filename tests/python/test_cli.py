@@ -161,6 +161,23 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "--hub_token" not in shown
 
 
+@pytest.mark.parametrize("command", ["--help", "info", "restore --help", "evaluate --help", "evaluate"])
+def test_a_reader_that_leaves_early(command: str, model: Path) -> None:
+    """As in `linearard info | head -1`: no traceback, and the status of a tool that SIGPIPE ends."""
+    arguments = command.split()
+    if command == "evaluate":
+        arguments += ["--model", str(model), *SMALL[2:10], "--device", "cpu"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "linearard", *arguments], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert done.stderr == ""
+    # argparse overlooks that nobody reads its help.
+    assert done.returncode in ((0, 128 + signal.SIGPIPE) if "--help" in command else (128 + signal.SIGPIPE,))
+
+
 def test_help_explains_every_option_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
     for flag, hidden in (("--help", False), ("--help-all", True)):
         with pytest.raises(SystemExit):
