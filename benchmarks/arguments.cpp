@@ -7,6 +7,8 @@
 #include <string_view>
 #include <utility>
 
+#include <ATen/Context.h>
+
 namespace linearard::benchmarks {
 namespace {
 
@@ -47,6 +49,16 @@ at::ScalarType parse_dtype(const std::string& text) {
   fail("--dtype must be float32, float64, bfloat16 or float16, got '" + text + "'");
 }
 
+at::Device parse_device(const std::string& text) {
+  if (text == "cpu") return at::kCPU;
+  if (text != "cuda") fail("--device must be cpu or cuda, got '" + text + "'");
+#ifndef LINEARARD_WITH_CUDA
+  fail("--device=cuda: this build has no CUDA kernels; configure with -DLINEARARD_CUDA=ON");
+#endif
+  if (!at::hasCUDA()) fail("--device=cuda: torch finds no GPU that it can use");
+  return {at::kCUDA, 0};
+}
+
 }  // namespace
 
 std::string Shape::name() const {
@@ -67,7 +79,9 @@ Arguments parse_arguments(int& argc, char** argv) {
   int kept = 1;
   for (int i = 1; i < argc; ++i) {
     const std::string_view argument = argv[i];
-    if (const auto shape = value_of(argument, "shape")) {
+    if (const auto device = value_of(argument, "device")) {
+      arguments.device = parse_device(*device);
+    } else if (const auto shape = value_of(argument, "shape")) {
       arguments.shapes.push_back(parse_shape(*shape));
     } else if (const auto dtype = value_of(argument, "dtype")) {
       arguments.dtypes.push_back(parse_dtype(*dtype));
@@ -82,8 +96,11 @@ Arguments parse_arguments(int& argc, char** argv) {
     }
   }
   argc = kept;
-  if (arguments.dtypes.empty()) arguments.dtypes = {at::kFloat};
+  const bool gpu = !arguments.device.is_cpu();
+  if (arguments.dtypes.empty()) arguments.dtypes = {gpu ? at::kBFloat16 : at::kFloat};
   if (arguments.shapes.empty()) {
+    for (int64_t tokens = 512; gpu && tokens <= 16384; tokens *= 2)
+      arguments.shapes.push_back({1, 32, tokens, 128});
     for (int64_t tokens = 512; tokens <= 32768; tokens *= 2)
       arguments.shapes.push_back({1, 9, tokens, 64});
   }

@@ -7,6 +7,8 @@
 #include <fstream>
 #include <string>
 
+#include <c10/core/CachingDeviceAllocator.h>
+
 namespace linearard::benchmarks {
 namespace {
 
@@ -28,8 +30,6 @@ bool reset_high_water_mark() {
   return clear.good();
 }
 
-}  // namespace
-
 std::optional<int64_t> peak_resident_bytes(const std::function<void()>& work) {
 #ifdef __GLIBC__
   malloc_trim(0);
@@ -40,6 +40,28 @@ std::optional<int64_t> peak_resident_bytes(const std::function<void()>& work) {
   const auto peak = status_bytes("VmHWM");
   if (!measured || !before || !peak) return std::nullopt;
   return *peak - *before;
+}
+
+int64_t peak_allocated_bytes(const c10::Device& device, const std::function<void()>& work) {
+  constexpr auto kAll = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
+  c10::DeviceAllocator* allocator = c10::getDeviceAllocator(device.type());
+  allocator->resetPeakStats(device.index());
+  const int64_t before = allocator->getDeviceStats(device.index()).allocated_bytes[kAll].current;
+  work();
+  return allocator->getDeviceStats(device.index()).allocated_bytes[kAll].peak - before;
+}
+
+}  // namespace
+
+std::optional<int64_t> peak_bytes(const c10::Device& device, const std::function<void()>& work) {
+  if (device.is_cpu()) return peak_resident_bytes(work);
+  return peak_allocated_bytes(device, work);
+}
+
+double free_bytes(const c10::Device& device) {
+  c10::DeviceAllocator* allocator = c10::getDeviceAllocator(device.type());
+  allocator->emptyCache();
+  return static_cast<double>(allocator->getMemoryInfo(device.index()).first);
 }
 
 }  // namespace linearard::benchmarks

@@ -1,5 +1,6 @@
 #include "relation_kl_benchmark.h"
 
+#include <algorithm>
 #include <array>
 #include <functional>
 #include <string>
@@ -95,6 +96,12 @@ Work naive_work(const at::Tensor& student, const at::Tensor& teacher, bool causa
           gradient_bytes};
 }
 
+double naive_memory_limit(const Arguments& arguments) {
+  constexpr double kOnTheCpu = 8.0;
+  if (!arguments.naive_memory_limit_gib && !arguments.device.is_cpu()) return free_bytes(arguments.device);
+  return arguments.naive_memory_limit_gib.value_or(kOnTheCpu) * 1024.0 * kMebibyte;
+}
+
 using MakeWork = Work (*)(const at::Tensor&, const at::Tensor&, bool, Pass);
 
 void run(benchmark::State& state,
@@ -102,21 +109,23 @@ void run(benchmark::State& state,
          at::ScalarType dtype,
          Pass pass,
          MakeWork make_work,
-         const Arguments& arguments) {
+         const Arguments& arguments,
+         std::optional<double> matrix_rate) {
   const std::array<int64_t, 4> size{shape.batch, shape.heads, shape.tokens, shape.dimension};
-  const at::Tensor teacher = at::randn(size, at::kFloat).to(dtype);
-  const at::Tensor noise = at::randn(size, at::kFloat);
+  const auto float32 = at::TensorOptions().dtype(at::kFloat).device(arguments.device);
+  const at::Tensor teacher = at::randn(size, float32).to(dtype);
+  const at::Tensor noise = at::randn(size, float32);
   const at::Tensor student = (teacher + 0.1 * noise).to(dtype).requires_grad_();
   const bool naive = make_work == naive_work;
-  if (naive && naive_peak_bytes(student) > arguments.naive_memory_limit_gib * 1024.0 * kMebibyte) {
-    state.SkipWithError("its N x N tensors would take more than --naive_memory_limit_gib");
+  if (naive && naive_peak_bytes(student) > naive_memory_limit(arguments)) {
+    state.SkipWithError("its N x N tensors would take more than --naive_memory_limit_gib, or than there is");
     return;
   }
   const Work work = make_work(student, teacher, arguments.causal, pass);
   // The run that is measured for memory warms up as well.
   work.prepare();
-  const auto peak = peak_resident_bytes(work.measured);
-  CpuStopwatch stopwatch;
+  const auto peak = peak_bytes(arguments.device, work.measured);
+  Stopwatch stopwatch(arguments.device);
   for (auto _ : state) {
     work.prepare();
     stopwatch.start();
@@ -126,12 +135,36 @@ void run(benchmark::State& state,
   work.prepare();
   state.counters["GFLOP/s"] =
       benchmark::Counter(counted_flop(shape, pass) * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
+  if (matrix_rate) {
+    state.counters["of_G"] =
+        benchmark::Counter(counted_flop(shape, pass) / *matrix_rate, benchmark::Counter::kIsIterationInvariantRate);
+  }
   if (peak) state.counters["extra_MiB"] = static_cast<double>(*peak - work.output_bytes) / kMebibyte;
 }
 
 }  // namespace
 
-void register_relation_kl(const Arguments& arguments) {
+double matrix_rate(const at::Device& device) {
+  constexpr int64_t kSize = 8192;
+  constexpr int kWarmUp = 20;
+  constexpr int kRepetitions = 200;
+  const auto options = at::TensorOptions().dtype(at::kBFloat16).device(device);
+  const at::Tensor left = at::randn({kSize, kSize}, options);
+  const at::Tensor right = at::randn({kSize, kSize}, options);
+  Stopwatch stopwatch(device);
+  std::array<double, kRepetitions> seconds{};
+  for (int i = 0; i < kWarmUp; ++i)
+    at::mm(left, right);
+  for (double& time : seconds) {
+    stopwatch.start();
+    at::mm(left, right);
+    time = stopwatch.stop();
+  }
+  std::nth_element(seconds.begin(), seconds.begin() + kRepetitions / 2, seconds.end());
+  return 2.0 * kSize * kSize * kSize / seconds[kRepetitions / 2];
+}
+
+void register_relation_kl(const Arguments& arguments, std::optional<double> matrix_rate) {
   for (const at::ScalarType dtype : arguments.dtypes) {
     for (const Shape& shape : arguments.shapes) {
       for (const auto& [pass, pass_name] : kPasses) {
@@ -141,7 +174,11 @@ void register_relation_kl(const Arguments& arguments) {
                                    (arguments.causal ? "/causal/" : "/dense/") + shape.name();
           benchmark::RegisterBenchmark(name.c_str(),
                                        [=, pass = pass, make_work = make_work](benchmark::State& state) {
-                                         run(state, shape, dtype, pass, make_work, arguments);
+                                         try {
+                                           run(state, shape, dtype, pass, make_work, arguments, matrix_rate);
+                                         } catch (const c10::OutOfMemoryError&) {
+                                           state.SkipWithError("out of memory");
+                                         }
                                        })
               ->UseManualTime()
               ->Unit(benchmark::kMillisecond);

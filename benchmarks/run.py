@@ -1,9 +1,10 @@
-"""Run linearard_benchmark on this machine's CPU and write benchmarks/results/cpu-<cpu>-<threads>t.json.
+"""Run linearard_benchmark and write benchmarks/results/cpu-<cpu>-<threads>t.json or gpu-<gpu>.json.
 
-    python benchmarks/run_cpu.py build/release/benchmarks/linearard_benchmark [options of the benchmark]
+    python benchmarks/run.py build/release/benchmarks/linearard_benchmark [--device=cuda] [options of the benchmark]
 
-The file holds Google Benchmark's JSON; this script adds the commit to the context that the binary writes (CPU, threads,
-versions, date) and refuses to label numbers with a commit that the working tree differs from.
+The file holds Google Benchmark's JSON; this script adds the commit and the GPU's driver to the context that the binary
+writes (CPU or GPU, threads, versions, date) and refuses to label numbers with a commit that the working tree differs
+from.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # What the numbers depend on: a change elsewhere does not make them wrong.
-MEASURED = ["include", "src", "cmake", "CMakeLists.txt", "benchmarks/*.cpp", "benchmarks/*.h"]
+MEASURED = ["include", "src", "cuda", "cmake", "CMakeLists.txt", "benchmarks/*.cpp", "benchmarks/*.h"]
 
 
 def commit() -> str:
@@ -25,6 +26,17 @@ def commit() -> str:
     head = subprocess.check_output(["git", "-C", ROOT, "rev-parse", "--short=12", "HEAD"], text=True).strip()
     changed = subprocess.check_output(["git", "-C", ROOT, "status", "--porcelain", "--", *MEASURED], text=True).strip()
     return f"{head}-dirty" if changed else head
+
+
+def driver() -> str:
+    """Version of the GPU's driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.check_output(command, text=True).splitlines()[0]
+
+
+def slug(name: str) -> str:
+    """NVIDIA H200 -> nvidia-h200, for file names."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "")).strip("-")
 
 
 def merge(destination: Path, new: dict) -> dict:
@@ -43,8 +55,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("binary", type=Path)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--commit", help="recorded instead of what git says, for a copy of the tree without git")
     arguments, options = parser.parse_known_args()
-    tree = commit()
+    tree = arguments.commit or commit()
     temporary = arguments.results / ".running.json"
     arguments.results.mkdir(parents=True, exist_ok=True)
     try:
@@ -64,8 +77,12 @@ def main() -> int:
     context = result["context"]
     for key in ("host_name", "executable", "load_avg"):  # of one machine and one moment, of no use to a reader
         context.pop(key, None)
-    cpu = re.sub(r"[^a-z0-9]+", "-", context["cpu"].lower().replace("(r)", "")).strip("-")
-    destination = arguments.results / f"cpu-{cpu}-{context['threads']}t.json"
+    if "gpu" in context:
+        context["driver"] = driver()
+        name = f"gpu-{slug(context['gpu'])}"
+    else:
+        name = f"cpu-{slug(context['cpu'])}-{context['threads']}t"
+    destination = arguments.results / f"{name}.json"
     destination.write_text(json.dumps(merge(destination, result), indent=1) + "\n")
     print(f"wrote {destination.relative_to(ROOT) if destination.is_relative_to(ROOT) else destination}")
     return 0
