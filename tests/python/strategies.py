@@ -21,6 +21,23 @@ class Problem:
     options: dict = field(default_factory=dict)
     reduction: dict = field(default_factory=dict)
 
+    def to(self, device: torch.device) -> Problem:
+        """The same problem on a device, with the same strides."""
+        options, reduction = (
+            {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
+            for values in (self.options, self.reduction)
+        )
+        return Problem(tuple(_strided_on(device, x) for x in self.inputs), options, reduction)
+
+
+def _strided_on(device: torch.device, x: Tensor) -> Tensor:
+    """Unlike x.to(device), which fills gaps between the vectors of a view."""
+    if device.type == "cpu":
+        return x
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    memory = torch.full((reach,), float("nan"), dtype=x.dtype, device=device)
+    return memory.as_strided(x.shape, x.stride()).copy_(x)
+
 
 def _restride(x: Tensor, layout: str) -> Tensor:
     """The same values with other strides; the last dimension stays contiguous."""

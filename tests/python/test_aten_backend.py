@@ -1,4 +1,4 @@
-"""The implementation in ATen operators, which serves devices without kernels of their own: here on CPU tensors."""
+"""The implementation in ATen operators, which serves devices without kernels of their own: here on those that have."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def call(name: str, *tensors: torch.Tensor, **options):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-def test_relation_agrees_with_the_oracle(dtype, divergence, causal, masked):
-    teacher = gaussian(2, 3, 90, 40)
+def test_relation_agrees_with_the_oracle(device, dtype, divergence, causal, masked):
+    teacher = gaussian(2, 3, 90, 40, device=device)
     student, teacher = perturbed(teacher, 0.2).to(dtype), teacher.to(dtype)
     options = {"causal": causal, "divergence": divergence, "beta": 0.3}
     if masked:
-        options["key_padding_mask"] = torch.rand(2, 90) > 0.25
-    grad_kl = torch.rand(2, 3, 90, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        options["key_padding_mask"] = torch.rand(2, 90, device=device) > 0.25
+    grad_kl = torch.rand(2, 3, 90, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
     expected = expected_relation(student, teacher, grad_kl.double(), **options)
     kl, lse_student, lse_teacher = call("relation_kl_forward", student, teacher, **options)
     assert_rows_close(kl, expected)
@@ -45,29 +45,31 @@ def test_relation_agrees_with_the_oracle(dtype, divergence, causal, masked):
     assert_gradient_close(gradient, expected.gradients[0], expected.gradient_floors[0])
 
 
-def test_realistic_data():
-    teacher = realistic(1, 4, 200, 64)
+def test_realistic_data(device):
+    teacher = realistic(1, 4, 200, 64, device=device)
     student, teacher = perturbed(teacher, 0.01).float(), teacher.float()
-    expected = expected_relation(student, teacher, torch.ones(1, 4, 200, dtype=torch.float64))
+    expected = expected_relation(student, teacher, torch.ones(1, 4, 200, dtype=torch.float64, device=device))
     kl, lse_student, lse_teacher = call("relation_kl_forward", student, teacher)
     assert_rows_close(kl, expected)
-    gradient = call("relation_kl_backward", torch.ones(1, 4, 200), student, teacher, lse_student, lse_teacher)
+    gradient = call(
+        "relation_kl_backward", torch.ones(1, 4, 200, device=device), student, teacher, lse_student, lse_teacher
+    )
     assert_gradient_close(gradient, expected.gradients[0], expected.gradient_floors[0])
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(40, 40), (30, 50), (50, 30)])
 @pytest.mark.parametrize(("student_heads", "teacher_heads"), [(4, 4), (2, 1)])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_attention_agrees_with_the_oracle(queries, keys, student_heads, teacher_heads, divergence):
-    query_teacher = gaussian(2, 4, queries, 24)
-    key_teacher = gaussian(2, teacher_heads, keys, 24, seed=5)
+def test_attention_agrees_with_the_oracle(device, queries, keys, student_heads, teacher_heads, divergence):
+    query_teacher = gaussian(2, 4, queries, 24, device=device)
+    key_teacher = gaussian(2, teacher_heads, keys, 24, seed=5, device=device)
     inputs = (
         perturbed(query_teacher, 0.2).float(),
-        gaussian(2, student_heads, keys, 24, seed=6).float(),
+        gaussian(2, student_heads, keys, 24, seed=6, device=device).float(),
         query_teacher.float(),
         key_teacher.float(),
     )
-    grad_kl = torch.rand(2, 4, queries)
+    grad_kl = torch.rand(2, 4, queries, device=device)
     options = {"divergence": divergence, "causal": True}
     expected = expected_attention(inputs, grad_kl.double(), **options)
     kl, lse_student, lse_teacher = call("attention_kl_forward", *inputs, **options)
@@ -77,6 +79,6 @@ def test_attention_agrees_with_the_oracle(queries, keys, student_heads, teacher_
         assert_gradient_close(gradient, exact, floor)
 
 
-def test_lse_agrees_with_the_cpu_kernel():
-    x = gaussian(2, 3, 70, 16).float()
+def test_lse_agrees_with_the_kernel(device):
+    x = gaussian(2, 3, 70, 16, device=device).float()
     torch.testing.assert_close(call("relation_lse", x, causal=True), ops.relation_lse(x, causal=True))

@@ -16,8 +16,8 @@ from linearard import _C, _library
 ops = torch.ops.linearard
 
 
-def pair(tokens=70, head_dim=16):
-    teacher = gaussian(1, 2, tokens, head_dim).float()
+def pair(tokens=70, head_dim=16, device="cpu"):
+    teacher = gaussian(1, 2, tokens, head_dim, device=device).float()
     return perturbed(teacher.double(), 0.2).float(), teacher
 
 
@@ -30,11 +30,11 @@ def test_enums():
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_relation_kl_is_the_operator(divergence, reduction):
-    student, teacher = pair()
+def test_relation_kl_is_the_operator(device, divergence, reduction):
+    student, teacher = pair(device=device)
     options = {
-        "key_padding_mask": torch.rand(1, 70) > 0.2,
-        "row_weight": torch.rand(1, 70),
+        "key_padding_mask": torch.rand(1, 70, device=device) > 0.2,
+        "row_weight": torch.rand(1, 70, device=device),
         "scale_student": 0.3,
         "causal": True,
         "beta": 0.3,
@@ -56,8 +56,8 @@ def test_relation_kl_is_the_operator(divergence, reduction):
     assert torch.equal(results[0][1], results[1][1])
 
 
-def test_kernels_are_the_operators():
-    student, teacher = pair()
+def test_kernels_are_the_operators(device):
+    student, teacher = pair(device=device)
     options = {"causal": True, "scale_teacher": 0.2, "deterministic": True}
     rows = ops.relation_kl_forward(student, teacher, **options)
     for left, right in zip(_C.relation_kl_forward(student, teacher, **options), rows, strict=True):
@@ -68,16 +68,16 @@ def test_kernels_are_the_operators():
     assert torch.equal(_C.relation_lse(teacher, scale=0.2, causal=True, deterministic=True), lse)
 
 
-def test_attention_kl_is_the_operator():
-    query, query_teacher = pair()
-    key, key_teacher = pair(tokens=90)
+def test_attention_kl_is_the_operator(device):
+    query, query_teacher = pair(device=device)
+    key, key_teacher = pair(tokens=90, device=device)
     value = ops.attention_kl(query, key, query_teacher, key_teacher, deterministic=True)
     assert torch.equal(_C.attention_kl(query, key, query_teacher, key_teacher, deterministic=True), value)
 
 
-def test_typed_functions_are_the_operators():
+def test_typed_functions_are_the_operators(device):
     """linearard.relation_kl and the others hand every argument to torch.ops."""
-    student, teacher = pair()
+    student, teacher = pair(device=device)
     for options in ({"divergence": "jsd", "beta": 0.2, "reduction": "none"}, {"causal": True, "scale_student": 0.1}):
         assert torch.equal(
             linearard.relation_kl(student, teacher, deterministic=True, **options),

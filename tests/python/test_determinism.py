@@ -82,9 +82,9 @@ def test_attention_with_one_and_two_threads(threads, options):
         assert_same_bits(attention_results(*student, *teacher, **options), one)
 
 
-def test_unset_follows_the_global_switch():
+def test_unset_follows_the_global_switch(device):
     """torch.use_deterministic_algorithms decides when the argument is None."""
-    teacher = gaussian(1, 2, 300, 32).float()
+    teacher = gaussian(1, 2, 300, 32, device=device).float()
     student = perturbed(teacher.double(), 0.1).float()
     explicit = relation_results(student, teacher, deterministic=True)
     torch.use_deterministic_algorithms(True)

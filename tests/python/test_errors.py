@@ -213,10 +213,10 @@ def test_dtype_of_the_row_weight(operator):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_boundaries_of_packed_sequences(operator, boundaries, fragments, dtype):
+def test_boundaries_of_packed_sequences(device, operator, boundaries, fragments, dtype):
     names = ["x"] if operator == "relation_lse" else list(valid(operator))
-    arguments = {name: torch.randn(1, HEADS, TOKENS, HEAD_DIM) for name in names}
-    arguments["cu_seqlens"] = torch.tensor(boundaries, dtype=dtype)
+    arguments = {name: torch.randn(1, HEADS, TOKENS, HEAD_DIM, device=device) for name in names}
+    arguments["cu_seqlens"] = torch.tensor(boundaries, dtype=dtype, device=device)
     check(operator, arguments, "cu_seqlens", *fragments)
 
 

@@ -14,11 +14,12 @@ SHAPE = {"query": (2, 4, 7, 8), "key": (2, 2, 7, 8), "value": (2, 2, 7, 8)}
 ALL = dict.fromkeys(RELATIONS, 1.0)
 
 
-def states(seed: int, shapes: dict[str, tuple[int, ...]] = SHAPE, layers: int = 2) -> dict[int, LayerStates]:
+def states(seed: int, device: torch.device | str = "cpu", layers: int = 2) -> dict[int, LayerStates]:
     generator = torch.Generator().manual_seed(seed)
     return {
         layer: LayerStates(
-            *(torch.randn(shape, generator=generator).requires_grad_() for shape in shapes.values()), scale=0.3
+            *(torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in SHAPE.values()),
+            scale=0.3,
         )
         for layer in range(layers)
     }
@@ -45,8 +46,8 @@ def expected(student: Tensor, teacher: Tensor, keys: tuple[Tensor, Tensor], scal
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_value_from_the_definition(causal: bool) -> None:
-    student, teacher = states(0), states(1)
+def test_value_from_the_definition(device: torch.device, causal: bool) -> None:
+    student, teacher = states(0, device), states(1, device)
     loss, parts = ARDLoss({**ALL, "value": 2.0}, causal=causal)(student, teacher)
     by_relation = {}
     for name in ("query", "key", "value"):
@@ -61,27 +62,27 @@ def test_value_from_the_definition(causal: bool) -> None:
     torch.testing.assert_close(loss.double(), total, rtol=1e-5, atol=1e-6)
 
 
-def test_every_relation_gives_its_tensors_gradients() -> None:
+def test_every_relation_gives_its_tensors_gradients(device: torch.device) -> None:
     for name, reached in {"query": "query", "key": "key", "value": "value", "attention": "query key"}.items():
-        student = states(0)
-        loss, _ = ARDLoss({name: 1.0})(student, states(1))
+        student = states(0, device)
+        loss, _ = ARDLoss({name: 1.0})(student, states(1, device))
         loss.backward()
         for tensor in ("query", "key", "value"):
             gradient = getattr(student[0], tensor).grad
             assert (gradient is not None) == (tensor in reached.split())
 
 
-def test_the_teacher_is_detached_and_the_same_model_has_no_loss() -> None:
-    teacher = states(0)
-    loss, _ = ARDLoss(ALL)(states(0), teacher)
+def test_the_teacher_is_detached_and_the_same_model_has_no_loss(device: torch.device) -> None:
+    teacher = states(0, device)
+    loss, _ = ARDLoss(ALL)(states(0, device), teacher)
     loss.backward()
     assert teacher[0].query.grad is None
     assert abs(float(loss.detach())) < 1e-5
 
 
-def test_micro_batches_add_up_to_the_batch() -> None:
-    student, teacher = states(0), states(1)
-    mask = torch.ones(2, 7, dtype=torch.bool)
+def test_micro_batches_add_up_to_the_batch(device: torch.device) -> None:
+    student, teacher = states(0, device), states(1, device)
+    mask = torch.ones(2, 7, dtype=torch.bool, device=device)
     mask[1, 3:] = False
     whole, parts = ARDLoss(ALL)(student, teacher, key_padding_mask=mask)
     tokens = mask.sum()
@@ -97,9 +98,9 @@ def test_micro_batches_add_up_to_the_batch() -> None:
     assert set(parts) == set(RELATIONS)
 
 
-def test_padding_counts_for_nothing() -> None:
-    student, teacher = states(0), states(1)
-    mask = torch.zeros(1, 7, dtype=torch.bool)
+def test_padding_counts_for_nothing(device: torch.device) -> None:
+    student, teacher = states(0, device), states(1, device)
+    mask = torch.zeros(1, 7, dtype=torch.bool, device=device)
     mask[:, :4] = True
     one = slice(0, 1)
     padded, _ = ARDLoss(ALL)(cut(student, one, slice(None)), cut(teacher, one, slice(None)), key_padding_mask=mask)
@@ -107,10 +108,10 @@ def test_padding_counts_for_nothing() -> None:
     torch.testing.assert_close(padded, short, rtol=1e-5, atol=1e-6)
 
 
-def test_packed_sequences_do_not_see_each_other() -> None:
-    student, teacher = states(0), states(1)
+def test_packed_sequences_do_not_see_each_other(device: torch.device) -> None:
+    student, teacher = states(0, device), states(1, device)
     one = slice(0, 1)
-    boundaries = torch.tensor([0, 3, 7], dtype=torch.int32)
+    boundaries = torch.tensor([0, 3, 7], dtype=torch.int32, device=device)
     packed, _ = ARDLoss(ALL)(cut(student, one, slice(None)), cut(teacher, one, slice(None)), cu_seqlens=boundaries)
     parts = [
         ARDLoss(ALL)(cut(student, one, tokens), cut(teacher, one, tokens), num_items=torch.tensor(7))[0]
@@ -119,9 +120,9 @@ def test_packed_sequences_do_not_see_each_other() -> None:
     torch.testing.assert_close(packed, parts[0] + parts[1], rtol=1e-5, atol=1e-6)
 
 
-def test_autocast_computes_in_its_dtype() -> None:
-    student, teacher = states(0), states(1)
-    with torch.autocast("cpu", torch.bfloat16):
+def test_autocast_computes_in_its_dtype(device: torch.device) -> None:
+    student, teacher = states(0, device), states(1, device)
+    with torch.autocast(device.type, torch.bfloat16):
         loss, _ = ARDLoss({"query": 1.0})(student, teacher)
     rounded = {i: LayerStates(s.query.bfloat16(), s.key, s.value, s.scale) for i, s in student.items()}
     rounded_teacher = {i: LayerStates(s.query.bfloat16(), s.key, s.value, s.scale) for i, s in teacher.items()}
