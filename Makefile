@@ -7,6 +7,7 @@ BUILD ?= build/release
 MINUTES ?= 5
 # One process for each core: the tests compute on one thread.
 PYTEST_ARGS ?= -n logical
+GPU_TEST_ARGS ?=
 # At most one compile job for each 2 GiB of memory: torch's headers are large.
 JOBS ?= $(shell awk -v cores=$$(nproc) '/MemAvailable/ {jobs = int($$2 / 2097152); if (jobs < 1) jobs = 1; \
           print (jobs < cores) ? jobs : cores}' /proc/meminfo)
@@ -38,7 +39,7 @@ INSTALL_PACKAGE := $(PIP_INSTALL) --no-build-isolation --config-settings build-d
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-cpp test-python lint format fuzz bench sanitize cuda clean
+.PHONY: help build demo test test-cpp test-python test-gpu lint format fuzz bench sanitize cuda clean
 
 help: ## Explain the targets
 	@echo "linearard: make <target>"
@@ -59,6 +60,16 @@ test-cpp: $(DEVELOPMENT) .googletest
 
 test-python: $(DEVELOPMENT)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# A PYTHON that somebody names has torch and pytest already: nothing is installed, and no network is needed.
+ifeq ($(origin PYTHON),file)
+test-gpu: $(DEVELOPMENT) .googletest
+test-gpu: GPU_PYTHON := $(BIN)/python
+else
+test-gpu: GPU_PYTHON := $(PYTHON)
+endif
+test-gpu: ## Build for the GPU present, run all tests and compute-sanitizer on it, write a result file
+	$(GPU_PYTHON) tests/gpu/run.py --jobs $(JOBS) $(GPU_TEST_ARGS)
 
 lint: $(DEVELOPMENT) ## Check style and types: clang-format, clang-tidy, ruff, mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)

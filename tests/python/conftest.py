@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import hypothesis
@@ -12,6 +13,17 @@ import torch
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+# The training method needs the extra "train"; the operators are tested without it, on a GPU machine for instance.
+TRAINING = ("capture", "cli", "config", "data", "evaluation", "example", "losses", "rope", "trainer")
+missing = [name for name in ("transformers", "peft") if importlib.util.find_spec(name) is None]
+collect_ignore = [f"test_{name}.py" for name in TRAINING] if missing else []
+
+
+def pytest_report_header() -> list[str]:
+    """What is left out is said."""
+    return [f"linearard: {' and '.join(missing)} not installed, not testing {', '.join(TRAINING)}"] if missing else []
 
 
 # The problems are small, and where other programs run too, threads that wait for each other take ten times as long as
