@@ -54,8 +54,9 @@ def output(command: list[str], **options) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Programs of the interpreter's environment first (cmake, ninja), and the package that was built here."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+    """Programs of a virtual environment first (cmake, ninja), and the package that was built here."""
+    own = [str(Path(sys.executable).parent)] if sys.prefix != sys.base_prefix else []
+    path = os.pathsep.join([*own, os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
     return {**os.environ, "PATH": path, "PYTHONPATH": str(PACKAGE)}
 
 

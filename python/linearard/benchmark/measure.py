@@ -16,7 +16,7 @@ from linearard.benchmark.peers import Loss, Peer
 
 Shape = tuple[int, int, int, int]  # B, H, N, D
 WARM_UP = 3
-MOST_ITERATIONS = 50
+MOST_ITERATIONS = 300
 NOISE = 0.05  # student = teacher + NOISE x unit Gaussian: near the end of a distillation
 
 
