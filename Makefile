@@ -26,7 +26,7 @@ DEVELOPMENT := $(VENV)/.development
 # What the compiled part depends on; Python files are used in place.
 SOURCES := CMakeLists.txt pyproject.toml constraints.txt \
            $(shell find include src cuda cmake python/bindings -type f)
-CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cpp' '*.cu' | sort -u)
+CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh' | sort -u)
 # Without src/cuda, which a build without CUDA does not know how to compile.
 TIDY_FILES = $(shell git ls-files --cached --others --exclude-standard 'src/*.cpp' 'python/bindings/*.cpp' | \
                grep -v '^src/cuda/' | sort -u)

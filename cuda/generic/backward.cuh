@@ -4,8 +4,8 @@
 
 namespace linearard::cuda::generic {
 
-inline constexpr int kSlice = 128;               ///< elements of the gradient that a block computes
-inline constexpr int kSlicePer = kSlice / 16;    ///< of a thread
+inline constexpr int kSlice = 128;             ///< elements of the gradient that a block computes
+inline constexpr int kSlicePer = kSlice / 16;  ///< of a thread
 
 template <typename Real>
 struct RowValues {
@@ -59,7 +59,8 @@ class Backward {
     }
     for (int i = 0; i < p_.other_heads; ++i) {
       const int head = head_ * p_.other_heads + i;
-      for (int other = all.begin / kTile * kTile; other < all.end; other += kTile) visit(head, other);
+      for (int other = all.begin / kTile * kTile; other < all.end; other += kTile)
+        visit(head, other);
     }
     write();
   }
@@ -135,8 +136,8 @@ class Backward {
     Real delta[kPer][kPer];
     const Products<Real> products{
         side_of(p_.owner_student, p_.other_student, head, p_.student_multiplier, p_.scale_student),
-        side_of(p_.owner_teacher, p_.other_teacher, head, p_.teacher_multiplier, p_.scale_teacher),
-        p_.difference_ratio, false};
+        side_of(p_.owner_teacher, p_.other_teacher, head, p_.teacher_multiplier, p_.scale_teacher), p_.difference_ratio,
+        false};
     logits_of_tile(teacher, delta, shared_.staged, products, {first_, owners_, owner_mask_},
                    {other, others_, other_mask_});
     weigh(teacher, delta, other);
@@ -144,8 +145,8 @@ class Backward {
     add_product(products.student, other);
   }
 
-  __device__ Side<Real> side_of(const Vectors& owners, const Vectors& others, int head, double multiplier,
-                                double scale) const {
+  __device__ Side<Real> side_of(
+      const Vectors& owners, const Vectors& others, int head, double multiplier, double scale) const {
     return {owners,
             others,
             offset_of_head(owners, batch_, head),
@@ -210,12 +211,14 @@ class Backward {
       for (int k = 0; k < kDepth; ++k) {
         Real h[kPer];
 #pragma unroll
-        for (int a = 0; a < kPer; ++a) h[a] = shared_.h[part + k][row + a];
+        for (int a = 0; a < kPer; ++a)
+          h[a] = shared_.h[part + k][row + a];
 #pragma unroll
         for (int e = 0; e < kSlicePer; ++e) {
           const Real x = shared_.vectors[k][e * 16 + lane];
 #pragma unroll
-          for (int a = 0; a < kPer; ++a) gradient_[a][e] = fma(h[a], x, gradient_[a][e]);
+          for (int a = 0; a < kPer; ++a)
+            gradient_[a][e] = fma(h[a], x, gradient_[a][e]);
         }
       }
     }
@@ -226,14 +229,18 @@ class Backward {
     void* to = p_.gradient;
     switch (p_.owner_student.type) {
       case Scalar::kDouble:
-        static_cast<double*>(to)[at] = x > 1.7976931348623157e308 ? 1.7976931348623157e308
-                                       : (x < -1.7976931348623157e308 ? -1.7976931348623157e308 : double(x));
+        static_cast<double*>(to)[at] = x > 1.7976931348623157e308
+                                           ? 1.7976931348623157e308
+                                           : (x < -1.7976931348623157e308 ? -1.7976931348623157e308 : double(x));
         break;
-      case Scalar::kFloat: static_cast<float*>(to)[at] = static_cast<float>(cut(x, 3.4028234663852886e38)); break;
-      case Scalar::kHalf: static_cast<__half*>(to)[at] = __float2half_rn(static_cast<float>(cut(x, 65504.0))); break;
+      case Scalar::kFloat:
+        static_cast<float*>(to)[at] = static_cast<float>(cut(x, 3.4028234663852886e38));
+        break;
+      case Scalar::kHalf:
+        static_cast<__half*>(to)[at] = __float2half_rn(static_cast<float>(cut(x, 65504.0)));
+        break;
       default:
-        static_cast<__nv_bfloat16*>(to)[at] =
-            __float2bfloat16_rn(static_cast<float>(cut(x, 3.3895313892515355e38)));
+        static_cast<__nv_bfloat16*>(to)[at] = __float2bfloat16_rn(static_cast<float>(cut(x, 3.3895313892515355e38)));
     }
   }
   __device__ static Real cut(Real x, double limit) {
@@ -260,16 +267,17 @@ class Backward {
         if (d >= dim) continue;
         Real x = gradient_[a][e];
         if (relation && real) {
-          const Real element = read_element<Real>(p_.owner_student, own_offset + token * p_.owner_student.token_stride + d) *
-                               static_cast<Real>(p_.student_multiplier);
+          const Real element =
+              read_element<Real>(p_.owner_student, own_offset + token * p_.owner_student.token_stride + d) *
+              static_cast<Real>(p_.student_multiplier);
           x += own * (isfinite(element) ? element : Real(0));
         }
         x = real ? x * static_cast<Real>(p_.output_scale) : Real(0);
         store((head_of_all_ * owners_ + token) * dim + d, x);
         if constexpr (sizeof(Real) == sizeof(float)) {
           const RowValues<Real>& values = shared_.owners[row + a];
-          const bool held = fabs(x) < B::kHuge && fabs(values.lse_teacher) < B::kHuge &&
-                            fabs(values.lse_difference) < B::kHuge;
+          const bool held =
+              fabs(x) < B::kHuge && fabs(values.lse_teacher) < B::kHuge && fabs(values.lse_difference) < B::kHuge;
           if (!held) mark_redo(p_.redo, head_of_all_, token, owners_);
         }
       }

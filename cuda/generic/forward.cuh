@@ -24,10 +24,11 @@ class Forward {
 
   __device__ void run(Staged<Real>& staged, int* scratch) {
     const int thread = static_cast<int>(threadIdx.x);
-    const Range all = union_of_block(
-        thread < kTile ? keys_of_row(p_.visibility, batch_, first_ + thread) : Range{0, 0, 0}, scratch);
+    const Range all =
+        union_of_block(thread < kTile ? keys_of_row(p_.visibility, batch_, first_ + thread) : Range{0, 0, 0}, scratch);
 #pragma unroll
-    for (int a = 0; a < kPer; ++a) ranges_[a] = keys_of_row(p_.visibility, batch_, first_ + thread / 16 * kPer + a);
+    for (int a = 0; a < kPer; ++a)
+      ranges_[a] = keys_of_row(p_.visibility, batch_, first_ + thread / 16 * kPer + a);
     for (int other = all.begin / kTile * kTile; other < all.end; other += kTile) {
       compute(staged, other);
       add_tile(other);
@@ -164,8 +165,7 @@ class Forward {
       static_cast<double*>(to)[at] = x;
     } else {
       constexpr float kLargest = 3.4028234663852886e38f;
-      static_cast<float*>(to)[at] =
-          x > kLargest ? kLargest : (x < -kLargest ? -kLargest : static_cast<float>(x));
+      static_cast<float*>(to)[at] = x > kLargest ? kLargest : (x < -kLargest ? -kLargest : static_cast<float>(x));
     }
   }
 

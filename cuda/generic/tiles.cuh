@@ -6,24 +6,28 @@
 #include "../common/device_math.cuh"
 #include "../common/visibility.cuh"
 
-// Tiles of the kernels that take everything: any dtype (student's and teacher's may differ), any dimension, any strides.
-// 256 threads share a tile of 64 x 64 logits, 4 x 4 each; products are fused multiply-adds of `Real`.
+// Tiles of the kernels that take everything: any dtype (student's and teacher's may differ), any dimension, any
+// strides. 256 threads share a tile of 64 x 64 logits, 4 x 4 each; products are fused multiply-adds of `Real`.
 
 namespace linearard::cuda::generic {
 
 inline constexpr int kThreads = 256;
-inline constexpr int kTile = 64;    ///< rows and columns
-inline constexpr int kDepth = 16;   ///< elements of the vectors staged at a time
+inline constexpr int kTile = 64;   ///< rows and columns
+inline constexpr int kDepth = 16;  ///< elements of the vectors staged at a time
 inline constexpr int kPitch = kTile + 4;
-inline constexpr int kPer = 4;      ///< rows and columns of a thread
+inline constexpr int kPer = 4;  ///< rows and columns of a thread
 
 template <typename Real>
 __device__ Real read_element(const Vectors& v, int64_t at) {
   switch (v.type) {
-    case Scalar::kFloat: return static_cast<const float*>(v.data)[at];
-    case Scalar::kDouble: return static_cast<Real>(static_cast<const double*>(v.data)[at]);
-    case Scalar::kHalf: return __half2float(static_cast<const __half*>(v.data)[at]);
-    default: return __bfloat162float(static_cast<const __nv_bfloat16*>(v.data)[at]);
+    case Scalar::kFloat:
+      return static_cast<const float*>(v.data)[at];
+    case Scalar::kDouble:
+      return static_cast<Real>(static_cast<const double*>(v.data)[at]);
+    case Scalar::kHalf:
+      return __half2float(static_cast<const __half*>(v.data)[at]);
+    default:
+      return __bfloat162float(static_cast<const __nv_bfloat16*>(v.data)[at]);
   }
 }
 
@@ -85,16 +89,16 @@ __device__ Real difference(double ratio, Real x, Real y) {
 
 /// Tokens [first, first + 64) x elements [depth, depth + 16) of one head into shared memory.
 template <typename Real>
-__device__ void stage(Staged<Real>& staged, const Products<Real>& p, const Tokens& owners, const Tokens& others,
-                      int depth) {
+__device__ void stage(
+    Staged<Real>& staged, const Products<Real>& p, const Tokens& owners, const Tokens& others, int depth) {
   for (int i = static_cast<int>(threadIdx.x); i < kTile * kDepth; i += kThreads) {
     const int row = i / kDepth;
     const int d = depth + i % kDepth;
     const int k = i % kDepth;
-    const Real owner_teacher = element(p.teacher.owners, p.teacher.owner_offset, owners, owners.first + row, d,
-                                       p.teacher.multiplier);
-    const Real other_teacher = element(p.teacher.others, p.teacher.other_offset, others, others.first + row, d,
-                                       p.teacher.multiplier);
+    const Real owner_teacher =
+        element(p.teacher.owners, p.teacher.owner_offset, owners, owners.first + row, d, p.teacher.multiplier);
+    const Real other_teacher =
+        element(p.teacher.others, p.teacher.other_offset, others, others.first + row, d, p.teacher.multiplier);
     staged.owner_teacher[k][row] = owner_teacher;
     staged.other_teacher[k][row] = other_teacher;
     if (p.teacher_only) continue;
@@ -123,14 +127,19 @@ __device__ Real cut_logit(Real x) {
 
 /// t and s - t of this thread's rows 4 (thread / 16) + a and columns 4 (thread % 16) + b.
 template <typename Real>
-__device__ void logits_of_tile(Real (&teacher)[kPer][kPer], Real (&delta)[kPer][kPer], Staged<Real>& staged,
-                               const Products<Real>& p, const Tokens& owners, const Tokens& others) {
+__device__ void logits_of_tile(Real (&teacher)[kPer][kPer],
+                               Real (&delta)[kPer][kPer],
+                               Staged<Real>& staged,
+                               const Products<Real>& p,
+                               const Tokens& owners,
+                               const Tokens& others) {
   const int row = static_cast<int>(threadIdx.x) / 16 * kPer;
   const int column = static_cast<int>(threadIdx.x) % 16 * kPer;
 #pragma unroll
   for (int a = 0; a < kPer; ++a)
 #pragma unroll
-    for (int b = 0; b < kPer; ++b) teacher[a][b] = delta[a][b] = 0;
+    for (int b = 0; b < kPer; ++b)
+      teacher[a][b] = delta[a][b] = 0;
   const int dim = p.teacher_only ? p.teacher.owners.dim : max(p.student.owners.dim, p.teacher.owners.dim);
   for (int depth = 0; depth < dim; depth += kDepth) {
     __syncthreads();
@@ -140,26 +149,30 @@ __device__ void logits_of_tile(Real (&teacher)[kPer][kPer], Real (&delta)[kPer][
     for (int k = 0; k < kDepth; ++k) {
       Real y[kPer];
 #pragma unroll
-      for (int a = 0; a < kPer; ++a) y[a] = staged.owner_teacher[k][row + a];
+      for (int a = 0; a < kPer; ++a)
+        y[a] = staged.owner_teacher[k][row + a];
 #pragma unroll
       for (int b = 0; b < kPer; ++b) {
         const Real z = staged.other_teacher[k][column + b];
 #pragma unroll
-        for (int a = 0; a < kPer; ++a) teacher[a][b] = fma(y[a], z, teacher[a][b]);
+        for (int a = 0; a < kPer; ++a)
+          teacher[a][b] = fma(y[a], z, teacher[a][b]);
       }
       if (p.teacher_only) continue;
 #pragma unroll
       for (int b = 0; b < kPer; ++b) {
         const Real z = staged.other_student[k][column + b];
 #pragma unroll
-        for (int a = 0; a < kPer; ++a) delta[a][b] = fma(staged.owner_student[k][row + a], z, delta[a][b]);
+        for (int a = 0; a < kPer; ++a)
+          delta[a][b] = fma(staged.owner_student[k][row + a], z, delta[a][b]);
       }
       if (p.difference_ratio == 0) continue;
 #pragma unroll
       for (int b = 0; b < kPer; ++b) {
         const Real z = staged.other_difference[k][column + b];
 #pragma unroll
-        for (int a = 0; a < kPer; ++a) delta[a][b] = fma(y[a], z, delta[a][b]);
+        for (int a = 0; a < kPer; ++a)
+          delta[a][b] = fma(y[a], z, delta[a][b]);
       }
     }
   }
@@ -169,9 +182,8 @@ __device__ void logits_of_tile(Real (&teacher)[kPer][kPer], Real (&delta)[kPer][
     for (int b = 0; b < kPer; ++b) {
       teacher[a][b] = cut_logit(teacher[a][b] * p.teacher.scale);
       if (p.teacher_only) continue;
-      delta[a][b] = p.difference_ratio != 0
-                        ? cut_logit(delta[a][b] * p.teacher.scale)
-                        : cut_logit(delta[a][b] * p.student.scale) - teacher[a][b];
+      delta[a][b] = p.difference_ratio != 0 ? cut_logit(delta[a][b] * p.teacher.scale)
+                                            : cut_logit(delta[a][b] * p.student.scale) - teacher[a][b];
     }
 }
 
@@ -179,13 +191,15 @@ __device__ void logits_of_tile(Real (&teacher)[kPer][kPer], Real (&delta)[kPer][
 template <typename Real>
 __device__ Real sum_of_row(Real x) {
 #pragma unroll
-  for (int lane = 1; lane < 16; lane *= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+  for (int lane = 1; lane < 16; lane *= 2)
+    x += __shfl_xor_sync(0xffffffffu, x, lane);
   return x;
 }
 template <typename Real>
 __device__ Real maximum_of_row(Real x) {
 #pragma unroll
-  for (int lane = 1; lane < 16; lane *= 2) x = fmax(x, __shfl_xor_sync(0xffffffffu, x, lane));
+  for (int lane = 1; lane < 16; lane *= 2)
+    x = fmax(x, __shfl_xor_sync(0xffffffffu, x, lane));
   return x;
 }
 

@@ -8,7 +8,8 @@
 
 // The tensor-core kernels that exist: each is defined in a file of its own in this directory.
 
-#define LINEARARD_FOR_EACH_DIM(macro, T) macro(T, 64) macro(T, 80) macro(T, 96) macro(T, 128) macro(T, 192) macro(T, 256)
+#define LINEARARD_FOR_EACH_DIM(macro, T) \
+  macro(T, 64) macro(T, 80) macro(T, 96) macro(T, 128) macro(T, 192) macro(T, 256)
 
 namespace linearard::cuda::mma {
 

@@ -11,8 +11,8 @@ cudaError_t launch_forward(const ForwardParams& params, Blocks blocks, cudaStrea
   const int64_t per_head = (static_cast<int64_t>(params.visibility.rows) + kTile - 1) / kTile;
   const int64_t count = per_head * params.batch * params.heads;
   if (count > INT_MAX) return cudaErrorInvalidConfiguration;
-  forward_kernel<Real><<<static_cast<unsigned>(count), kThreads, 0, stream>>>(
-      params, blocks == Blocks::kMarked, blocks == Blocks::kAllIfAnyIsMarked);
+  forward_kernel<Real><<<static_cast<unsigned>(count), kThreads, 0, stream>>>(params, blocks == Blocks::kMarked,
+                                                                              blocks == Blocks::kAllIfAnyIsMarked);
   return cudaGetLastError();
 }
 
@@ -23,8 +23,8 @@ cudaError_t launch_backward(const BackwardParams& params, Blocks blocks, cudaStr
   if (count > INT_MAX) return cudaErrorInvalidConfiguration;
   const int slices = (params.owner_student.dim + kSlice - 1) / kSlice;
   constexpr int kSharedBytes = sizeof(BackwardShared<Real>);
-  const cudaError_t error = cudaFuncSetAttribute(backward_kernel<Real>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 kSharedBytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(backward_kernel<Real>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(count), static_cast<unsigned>(slices));
   backward_kernel<Real><<<grid, kThreads, kSharedBytes, stream>>>(params, blocks == Blocks::kMarked);

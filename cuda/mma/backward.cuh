@@ -53,12 +53,7 @@ class Backward {
   float row_sum_[kRowsOfThread] = {};  ///< of G over the row's other keys
 
   __device__ Backward(const BackwardParams& p, char* shared, int batch, int head, int first)
-      : p_(p),
-        shared_(shared_address(shared)),
-        memory_(shared),
-        batch_(batch),
-        head_(head),
-        first_(first) {
+      : p_(p), shared_(shared_address(shared)), memory_(shared), batch_(batch), head_(head), first_(first) {
     if (p.largest_grad != nullptr) {
       const float largest = *p.largest_grad;
       // H is at most 2 max |grad|: 2^14 of 65504 leaves room, and the small entries keep most of their digits.
@@ -107,11 +102,10 @@ class Backward {
   __device__ void load_others(int other_head, int tile, int stage) const {
     const uint32_t base = shared_ + S::kOther + stage * 2 * S::kOtherBytes;
     const int first = tile * kOthers;
-    load_tokens<T, kDim, kOthers>(base, head_of<T>(p_.other_student, batch_, other_head),
-                                  p_.other_student, first, others(), other_mask());
-    load_tokens<T, kDim, kOthers>(base + S::kOtherBytes,
-                                  head_of<T>(p_.other_teacher, batch_, other_head), p_.other_teacher,
-                                  first, others(), other_mask());
+    load_tokens<T, kDim, kOthers>(base, head_of<T>(p_.other_student, batch_, other_head), p_.other_student, first,
+                                  others(), other_mask());
+    load_tokens<T, kDim, kOthers>(base + S::kOtherBytes, head_of<T>(p_.other_teacher, batch_, other_head),
+                                  p_.other_teacher, first, others(), other_mask());
     copy_commit();
     if (p_.column_term && threadIdx.x < kOthers) {
       const int row = first + static_cast<int>(threadIdx.x);
@@ -292,8 +286,8 @@ class Backward {
   }
 
   template <Kind kKind, bool kNear>
-  __device__ void weigh_group(Logits& student, const Logits& teacher, int n, const Terms& terms,
-                              const RowValues (&columns)[2]) {
+  __device__ void weigh_group(
+      Logits& student, const Logits& teacher, int n, const Terms& terms, const RowValues (&columns)[2]) {
     const auto difference = [](float log_teacher, float r) {
       return kNear ? near_probability_difference(log_teacher, r) : probability_difference(log_teacher, r);
     };
@@ -349,9 +343,7 @@ class Backward {
   __device__ float owner_element(int row, int d) const {
     using Rows = Layout<kDim>;
     uint16_t bits;
-    asm volatile("ld.shared.u16 %0, [%1];"
-                 : "=h"(bits)
-                 : "r"(shared_ + Rows::offset(row, d / 8) + d % 8 * 2));
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(shared_ + Rows::offset(row, d / 8) + d % 8 * 2));
     return static_cast<float>(*reinterpret_cast<const T*>(&bits));
   }
 

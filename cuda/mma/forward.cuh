@@ -67,7 +67,8 @@ class Forward {
   __device__ void run_block() {
     const Visibility& v = p_.visibility;
 #pragma unroll
-    for (int r = 0; r < kRowsOfThread; ++r) ranges_[r] = keys_of_row(v, batch_, row_of(r));
+    for (int r = 0; r < kRowsOfThread; ++r)
+      ranges_[r] = keys_of_row(v, batch_, row_of(r));
     const Range mine = static_cast<int>(threadIdx.x) < kOwners
                            ? keys_of_row(v, batch_, first_ + static_cast<int>(threadIdx.x))
                            : Range{0, 0, 0};
@@ -150,8 +151,12 @@ class Forward {
 
   /// One row's elements of a tile into its sums; all of them, or those that are visible.
   template <bool kAll>
-  __device__ static void add_row(RowSums<float>& sums, const float (&student)[kColumnGroups][4],
-                                 const float (&teacher)[kColumnGroups][4], uint32_t visible, int m, int half,
+  __device__ static void add_row(RowSums<float>& sums,
+                                 const float (&student)[kColumnGroups][4],
+                                 const float (&teacher)[kColumnGroups][4],
+                                 uint32_t visible,
+                                 int m,
+                                 int half,
                                  const LogitScales& scales) {
     constexpr int kElements = 2 * kColumnGroups;
     float s[kElements];
@@ -197,11 +202,13 @@ class Forward {
     }
     if (__all_sync(0xffffffffu, near)) {
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) sums.sum_phi += RowSums<float>::near_term(t[e], ratio[e]);
+      for (int e = 0; e < kElements; ++e)
+        sums.sum_phi += RowSums<float>::near_term(t[e], ratio[e]);
     } else {
       const float factor = sums.student_factor();
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) sums.sum_phi += RowSums<float>::phi_term(t[e], s[e], ratio[e], factor);
+      for (int e = 0; e < kElements; ++e)
+        sums.sum_phi += RowSums<float>::phi_term(t[e], s[e], ratio[e], factor);
     }
   }
 

@@ -11,7 +11,7 @@ namespace linearard::cuda::mma {
 
 inline constexpr int kWarps = 4;
 inline constexpr int kThreads = 32 * kWarps;
-inline constexpr int kOthers = 32;              ///< columns of a tile
+inline constexpr int kOthers = 32;  ///< columns of a tile
 inline constexpr int kColumnGroups = kOthers / 8;
 inline constexpr int kStages = 2;
 
@@ -55,14 +55,15 @@ __device__ void load_chunk(uint32_t shared, const T* source, int count) {
 #pragma unroll 1
   for (int e = 0; e < 8; ++e) {
     const T x = e < count ? source[e] : T(0.f);
-    asm volatile("st.shared.u16 [%0], %1;" ::"r"(shared + 2 * e), "h"(*reinterpret_cast<const uint16_t*>(&x)) : "memory");
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(shared + 2 * e), "h"(*reinterpret_cast<const uint16_t*>(&x))
+                 : "memory");
   }
 }
 
 /// Copies `kRows` tokens from `first` on; zeros for tokens that do not exist or are padding, and beyond the dimension.
 template <typename T, int kDim, int kRows>
-__device__ void load_tokens(uint32_t shared, const T* head, const Vectors& v, int first, int count,
-                            const uint8_t* mask) {
+__device__ void load_tokens(
+    uint32_t shared, const T* head, const Vectors& v, int first, int count, const uint8_t* mask) {
   using Rows = Layout<kDim>;
   constexpr int kPieces = kRows * Rows::kChunks;
   const auto load = [&](int piece, bool aligned) {
@@ -80,7 +81,8 @@ __device__ void load_tokens(uint32_t shared, const T* head, const Vectors& v, in
   };
   if (!v.aligned) {
 #pragma unroll 1
-    for (int piece = static_cast<int>(threadIdx.x); piece < kPieces; piece += kThreads) load(piece, false);
+    for (int piece = static_cast<int>(threadIdx.x); piece < kPieces; piece += kThreads)
+      load(piece, false);
     return;
   }
 #pragma unroll
@@ -92,7 +94,9 @@ __device__ void load_tokens(uint32_t shared, const T* head, const Vectors& v, in
 
 /// logits += owners x others^T for the 16 kSlabs rows of a warp.
 template <typename T, int kDim, int kSlabs>
-__device__ void multiply_tile(float (&logits)[kSlabs][kColumnGroups][4], uint32_t owners, uint32_t others,
+__device__ void multiply_tile(float (&logits)[kSlabs][kColumnGroups][4],
+                              uint32_t owners,
+                              uint32_t others,
                               int warp_row) {
   using Rows = Layout<kDim>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -118,8 +122,8 @@ __device__ void multiply_tile(float (&logits)[kSlabs][kColumnGroups][4], uint32_
   }
 }
 
-/// Products of vectors as logits, in logit units. s - t is formed from the raw products, whose difference is exact where
-/// they are close: scaling s and t first would round both.
+/// Products of vectors as logits, in logit units. s - t is formed from the raw products, whose difference is exact
+/// where they are close: scaling s and t first would round both.
 struct LogitScales {
   float teacher;
   float student;

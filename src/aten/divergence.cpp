@@ -15,7 +15,6 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
-
 namespace linearard::aten {
 namespace {
 

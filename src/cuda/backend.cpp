@@ -62,19 +62,19 @@ Divergence kernel_divergence(linearard::Divergence divergence) {
 
 Problem problem_of(const RelationArguments& a) {
   const at::Tensor& x = a.student;
-  Problem problem{a.student,       a.student,       a.teacher,    a.teacher, {}, true,
-                  a.scale_student, a.scale_teacher, a.divergence, a.beta};
+  Problem problem{a.student, a.student,       a.teacher,       a.teacher,    {},
+                  true,      a.scale_student, a.scale_teacher, a.divergence, a.beta};
   if (problem.empty()) return problem;
-  problem.memory = visibility_of({x.size(0), x.size(2), x.size(2), a.causal, a.key_padding_mask, a.key_padding_mask,
-                                  a.cu_seqlens, a.cu_seqlens},
-                                 x.device());
+  problem.memory = visibility_of(
+      {x.size(0), x.size(2), x.size(2), a.causal, a.key_padding_mask, a.key_padding_mask, a.cu_seqlens, a.cu_seqlens},
+      x.device());
   return problem;
 }
 
 Problem problem_of(const AttentionArguments& a) {
   const at::Tensor& x = a.query_student;
-  Problem problem{a.query_student, a.key_student,   a.query_teacher, a.key_teacher, {}, false,
-                  a.scale_student, a.scale_teacher, a.divergence,    a.beta};
+  Problem problem{a.query_student, a.key_student,   a.query_teacher, a.key_teacher, {},
+                  false,           a.scale_student, a.scale_teacher, a.divergence,  a.beta};
   if (problem.empty()) return problem;
   problem.memory = visibility_of({x.size(0), x.size(2), a.key_student.size(2), a.causal, a.query_padding_mask,
                                   a.key_padding_mask, a.cu_seqlens, a.cu_seqlens_key},

@@ -20,8 +20,8 @@ cudaStream_t current_stream(const at::Device& device) {
 void check_launch(cudaError_t error, const char* action, const at::Device& device) {
   if (error == cudaSuccess) return;
   TORCH_CHECK(error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction,
-              "linearard: this build has CUDA kernels for the architectures ", compiled_architectures(), ", and ", device,
-              " needs others: build it again with -DLINEARARD_CUDA_ARCHITECTURES=<architecture>, or with ",
+              "linearard: this build has CUDA kernels for the architectures ", compiled_architectures(), ", and ",
+              device, " needs others: build it again with -DLINEARARD_CUDA_ARCHITECTURES=<architecture>, or with ",
               "LINEARARD_CUDA=AUTO on the machine that has the GPU");
   TORCH_CHECK(error != cudaErrorInvalidConfiguration, "linearard: ", action,
               ": more blocks of rows than one CUDA launch takes (2^31)");
@@ -30,8 +30,8 @@ void check_launch(cudaError_t error, const char* action, const at::Device& devic
 }
 
 int narrow(int64_t size) {
-  TORCH_CHECK(size < std::numeric_limits<int>::max() - 256, "linearard: a dimension must be smaller than 2^31 - 256, got ",
-              size);
+  TORCH_CHECK(size < std::numeric_limits<int>::max() - 256,
+              "linearard: a dimension must be smaller than 2^31 - 256, got ", size);
   return static_cast<int>(size);
 }
 
