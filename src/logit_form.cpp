@@ -178,7 +178,7 @@ ScaledDifference scaled_difference(const at::Tensor& student, const at::Tensor& 
     }
   }
   // Far apart, s = t + delta would carry the rounding of a teacher's logit that may be much larger than s.
-  const at::Tensor close = at::linalg_vector_norm(result.difference).lt(at::linalg_vector_norm(teacher).mul(0.7));
+  const at::Tensor close = at::linalg_vector_norm(result.difference).lt(at::linalg_vector_norm(teacher).mul(0.5));
   return close.item<bool>() ? result : ScaledDifference{};
 }
 

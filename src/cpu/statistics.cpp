@@ -17,6 +17,20 @@ std::vector<RowStatistics> empty_statistics(int64_t rows) {
 
 namespace {
 
+/// a - log1p(a), |a| < 1/2, without the cancellation: by z = a / (2 + a), log1p(a) = 2 (z + z^3 / 3 + z^5 / 5 + ...).
+double minus_log1p(double a) {
+  const double z = a / (2 + a);
+  const double square = z * z;
+  double power = z * square;
+  double sum = 0;
+  // |z| < 1/3: the last term is below 1e-17 of the first.
+  for (int k = 3; k <= 33; k += 2) {
+    sum += power / k;
+    power *= square;
+  }
+  return 2 * (square / (1 - z) - sum);
+}
+
 /// Below it the direct sum, which is good to a few 1e-7 nats in float, is not good enough.
 constexpr double kSmallDivergence = 0.1;
 
@@ -34,7 +48,7 @@ RowResult finish_row(const RowStatistics& row) {
   // The two agree but for rounding, unless the shift was so far off that a factor of the sums had to be bounded.
   const double tolerance = 1e-3 + 1e-6 * (std::abs(lse_student) + std::abs(lse_teacher));
   if (std::abs(a) < 0.5 && std::abs(difference - direct_difference) <= tolerance) {
-    return {mean_phi - (a - std::log1p(a)), lse_teacher, lse_teacher + difference, difference, false};
+    return {mean_phi - minus_log1p(a), lse_teacher, lse_teacher + difference, difference, false};
   }
   // A divergence is not negative; the rounding of large logits can say otherwise. NaN stays.
   const double kl = direct_difference - row.shift - mean_delta;
