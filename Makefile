@@ -8,6 +8,7 @@ MINUTES ?= 5
 # One process for each core: the tests compute on one thread.
 PYTEST_ARGS ?= -n logical
 GPU_TEST_ARGS ?=
+FUZZ_ARGS ?=
 # At most one compile job for each 2 GiB of memory: torch's headers are large.
 JOBS ?= $(shell awk -v cores=$$(nproc) '/MemAvailable/ {jobs = int($$2 / 2097152); if (jobs < 1) jobs = 1; \
           print (jobs < cores) ? jobs : cores}' /proc/meminfo)
@@ -85,7 +86,7 @@ format: $(DEVELOPMENT) ## Format C++ and Python files in place
 	$(BIN)/ruff format $(PYTHON_DIRS)
 
 fuzz: $(DEVELOPMENT) ## Random calls against the oracle and the checks, for MINUTES=n
-	$(BIN)/python tests/fuzz/fuzz.py --minutes $(MINUTES)
+	$(BIN)/python tests/fuzz/fuzz.py --minutes $(MINUTES) $(FUZZ_ARGS)
 
 bench: $(DEVELOPMENT) .googlebenchmark ## Build and run the C++ benchmarks
 	$(BIN)/cmake -S . -B $(BUILD) -D LINEARARD_BUILD_BENCHMARKS=ON

@@ -33,6 +33,8 @@ double minus_log1p(double a) {
 
 /// Below it the direct sum, which is good to a few 1e-7 nats in float, is not good enough.
 constexpr double kSmallDivergence = 0.1;
+/// Of the sum of phi: what is left loses as many digits as this is small.
+constexpr double kLeastRest = 1e-5;
 
 }  // namespace
 
@@ -48,7 +50,9 @@ RowResult finish_row(const RowStatistics& row) {
   // The two agree but for rounding, unless the shift was so far off that a factor of the sums had to be bounded.
   const double tolerance = 1e-3 + 1e-6 * (std::abs(lse_student) + std::abs(lse_teacher));
   if (std::abs(a) < 0.5 && std::abs(difference - direct_difference) <= tolerance) {
-    return {mean_phi - minus_log1p(a), lse_teacher, lse_teacher + difference, difference, false};
+    const double kl = mean_phi - minus_log1p(a);
+    // Hardly anything left of the sum: the shift was not close enough for so small a divergence.
+    return {kl, lse_teacher, lse_teacher + difference, difference, kl < kLeastRest * mean_phi};
   }
   // A divergence is not negative; the rounding of large logits can say otherwise. NaN stays.
   const double kl = direct_difference - row.shift - mean_delta;
