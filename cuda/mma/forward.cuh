@@ -14,7 +14,7 @@ class Forward {
 
  public:
   static constexpr int kOwners = S::kOwners;
-  /// The columns' values: whether a key is real, and the block's range of keys.
+  /// After the vectors: the block's range of keys.
   static constexpr int kSharedBytes = S::kColumns + 16;
 
   __device__ static void run(const ForwardParams& p, char* shared) {

@@ -4,7 +4,6 @@
 #include <utility>
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
@@ -138,7 +137,7 @@ void set_outputs(ForwardParams& params, const RowTensors& to) {
   params.wide_outputs = to.lse_teacher.scalar_type() == at::kDouble;
 }
 
-/// Runs the forward kernels: in double where `form` is given, otherwise in float with the marked blocks in double.
+/// Runs the forward kernels: all in double for float64 inputs, otherwise in float and the marked blocks again in double.
 void run_forward(ForwardParams params, const RowTensors& to, bool float64, const at::Device& device) {
   constexpr const char* kAction = "forward";
   const cudaStream_t stream = current_stream(device);
