@@ -137,7 +137,8 @@ void set_outputs(ForwardParams& params, const RowTensors& to) {
   params.wide_outputs = to.lse_teacher.scalar_type() == at::kDouble;
 }
 
-/// Runs the forward kernels: all in double for float64 inputs, otherwise in float and the marked blocks again in double.
+/// Runs the forward kernels: all in double for float64 inputs, otherwise in float and the marked blocks again in
+/// double.
 void run_forward(ForwardParams params, const RowTensors& to, bool float64, const at::Device& device) {
   constexpr const char* kAction = "forward";
   const cudaStream_t stream = current_stream(device);
