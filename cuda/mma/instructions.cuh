@@ -18,6 +18,11 @@ __device__ inline void copy_async(uint32_t shared, const void* global, bool vali
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
+/// The same of what is known to exist.
+__device__ inline void copy_async(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+/// The first one with 8 bytes.
 __device__ inline void copy_async_8(uint32_t shared, const void* global, bool valid) {
   const int bytes = valid ? 8 : 0;
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
@@ -51,16 +56,14 @@ __device__ inline void reduce_add(float* to, float x) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(to), "f"(x) : "memory");
 }
 
-/// The same for elements d and d + 1 of a vector of `dim`, where they exist. d is even.
-__device__ inline void reduce_add_pair(float* vector, int d, int dim, float x, float y) {
+/// The same for two neighbours, at an address that is a multiple of 8.
+__device__ inline void reduce_add_two(float* to, float x, float y) {
 #if __CUDA_ARCH__ >= 900
-  if (d + 1 < dim && dim % 2 == 0) {
-    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(vector + d), "f"(x), "f"(y) : "memory");
-    return;
-  }
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+#else
+  reduce_add(to, x);
+  reduce_add(to + 1, y);
 #endif
-  if (d < dim) reduce_add(vector + d, x);
-  if (d + 1 < dim) reduce_add(vector + d + 1, y);
 }
 
 /// d += a b for a 16 x 16 (row-major), b 16 x 8 (column-major) and float d 16 x 8.

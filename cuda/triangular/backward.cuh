@@ -39,8 +39,6 @@ class Backward {
   char* const memory_;
   const int problem_;
   const int first_;
-  const TileLoader<T, kDim, kTile> student_;
-  const TileLoader<T, kDim, kTile> teacher_;
   float gradient_[kSlabs][kDim / 8][4] = {};
 
   __device__ Backward(const TriangularBackwardParams& p, char* shared, int problem, int first)
@@ -48,9 +46,7 @@ class Backward {
         shared_(shared_address(shared)),
         memory_(shared),
         problem_(problem),
-        first_(first),
-        student_(p.student, problem / p.heads, problem % p.heads, p.tokens, mask()),
-        teacher_(p.teacher, problem / p.heads, problem % p.heads, p.tokens, mask()) {}
+        first_(first) {}
 
   __device__ const uint8_t* mask() const {
     return p_.mask == nullptr ? nullptr : p_.mask + static_cast<int64_t>(problem_ / p_.heads) * p_.tokens;
@@ -72,9 +68,14 @@ class Backward {
     copy_async(shared_address(to), values() + (valid ? token : 0), valid);
   }
 
+  /// Made anew for each tile: registers are what this kernel is short of.
+  __device__ TileLoader<T, kDim, kTile> loader(const Vectors& vectors) const {
+    return {vectors, problem_ / p_.heads, problem_ % p_.heads, p_.tokens, mask()};
+  }
+
   __device__ void load_columns(int tile) const {
-    student_.load(stage_of(tile), tile * kTile);
-    teacher_.load(stage_of(tile) + S::kOtherBytes, tile * kTile);
+    loader(p_.student).load(stage_of(tile), tile * kTile);
+    loader(p_.teacher).load(stage_of(tile) + S::kOtherBytes, tile * kTile);
     if (threadIdx.x < kTile) {
       load_value(columns(tile % kStages) + threadIdx.x, tile * kTile + static_cast<int>(threadIdx.x));
     }
@@ -238,22 +239,45 @@ class Backward {
         }
       }
     }
+    if (p_.student.dim == kDim) {
+      write_columns<true>(tile, sums);
+    } else {
+      write_columns<false>(tile, sums);
+    }
+  }
+
+  template <bool kWhole>
+  __device__ void write_columns(int tile, const float (&sums)[2][kDimPairsOfWarp][2][4]) const {
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int token = tile * kTile + m * 16 + mma::row_in_slab(half);
         if (token >= p_.tokens) continue;
+        float* to = gradient_of(token);
 #pragma unroll
         for (int i = 0; i < kDimPairsOfWarp; ++i) {
+          const int pair = warp() + i * mma::kWarps;
+          if (pair >= kDimPairs) break;
 #pragma unroll
           for (int n = 0; n < 2; ++n) {
-            const int d = (warp() + i * mma::kWarps) * 16 + mma::column_of(n, 0);
-            reduce_add_pair(gradient_of(token), d, p_.student.dim, sums[m][i][n][2 * half],
+            add_two<kWhole>(to, pair * 16 + mma::column_of(n, 0), sums[m][i][n][2 * half],
                             sums[m][i][n][2 * half + 1]);
           }
         }
       }
+    }
+  }
+
+  /// @param kWhole whether the dimension is kDim
+  template <bool kWhole>
+  __device__ void add_two(float* vector, int d, float x, float y) const {
+    const int dim = p_.student.dim;
+    if (kWhole || (d + 1 < dim && dim % 2 == 0)) {
+      reduce_add_two(vector + d, x, y);
+    } else {
+      if (d < dim) reduce_add(vector + d, x);
+      if (d + 1 < dim) reduce_add(vector + d + 1, y);
     }
   }
 
@@ -266,8 +290,8 @@ class Backward {
         if (token >= p_.tokens) continue;
 #pragma unroll
         for (int n = 0; n < kDim / 8; ++n) {
-          reduce_add_pair(gradient_of(token), mma::column_of(n, 0), p_.student.dim, gradient_[m][n][2 * half],
-                          gradient_[m][n][2 * half + 1]);
+          add_two<false>(gradient_of(token), mma::column_of(n, 0), gradient_[m][n][2 * half],
+                         gradient_[m][n][2 * half + 1]);
         }
       }
     }

@@ -61,18 +61,14 @@ struct alignas(16) ColumnPair {
   ForwardToken second;
 };
 
-/// Adds a chunk of pairs to the sums of its rows and, if kColumns, of its columns. Overwrites the products.
-/// @param bit c of seen[m][n]: whether the pair counts; read only if kPartial
-/// @param column(n) the tokens of the thread's two columns of fragment n
-template <bool kColumns, bool kPartial, int kSlabs, typename ColumnOf>
-__device__ void add_chunk(float (&student)[kSlabs][kChunkGroups][4],
-                          float (&teacher)[kSlabs][kChunkGroups][4],
-                          const ForwardToken (&rows)[kSlabs][2],
-                          const ColumnOf& column,
-                          const uint8_t (&seen)[kSlabs][kChunkGroups],
-                          const ElementFactors& factors,
-                          Sums (&row_sums)[kSlabs][2],
-                          Sums (&column_sums)[2 * kChunkGroups]) {
+/// Replaces the products of a chunk by the differences d (student) and the exponents of E (teacher). Returns whether the
+/// series of phi serves for all of the warp's pairs.
+template <int kSlabs, typename ColumnOf>
+__device__ bool prepare_chunk(float (&student)[kSlabs][kChunkGroups][4],
+                              float (&teacher)[kSlabs][kChunkGroups][4],
+                              const ForwardToken (&rows)[kSlabs][2],
+                              const ColumnOf& column,
+                              const ElementFactors& factors) {
   float largest = 0;
 #pragma unroll
   for (int n = 0; n < kChunkGroups; ++n) {
@@ -83,15 +79,24 @@ __device__ void add_chunk(float (&student)[kSlabs][kChunkGroups][4],
       for (int c = 0; c < 4; ++c) {
         const float t = teacher[m][n][c];
         const float d = factors.difference(student[m][n][c], t);
-        const float exponent =
-            factors.exponent(t, rows[m][c / 2].bias, c % 2 == 0 ? pair.first.bias : pair.second.bias);
         student[m][n][c] = d;
-        teacher[m][n][c] = exponent;
+        teacher[m][n][c] = factors.exponent(t, rows[m][c / 2].bias, c % 2 == 0 ? pair.first.bias : pair.second.bias);
         largest = fmaxf(largest, fabsf(d));  // NaN passes: it reaches the sums through E
       }
     }
   }
-  const bool all_near = __all_sync(0xffffffffu, largest < factors.near);
+  return __all_sync(0xffffffffu, largest < factors.near);
+}
+
+template <bool kColumns, bool kPartial, bool kNear, int kSlabs, typename ColumnOf>
+__device__ void add_pairs(const float (&difference)[kSlabs][kChunkGroups][4],
+                          const float (&exponent)[kSlabs][kChunkGroups][4],
+                          const ForwardToken (&rows)[kSlabs][2],
+                          const ColumnOf& column,
+                          const uint8_t (&seen)[kSlabs][kChunkGroups],
+                          const ElementFactors& factors,
+                          Sums (&row_sums)[kSlabs][2],
+                          Sums (&column_sums)[2 * kChunkGroups]) {
 #pragma unroll
   for (int n = 0; n < kChunkGroups; ++n) {
     const ColumnPair pair = column(n);
@@ -99,22 +104,39 @@ __device__ void add_chunk(float (&student)[kSlabs][kChunkGroups][4],
     for (int m = 0; m < kSlabs; ++m) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        const float d = student[m][n][c];
-        float e = Base<float>::exp(teacher[m][n][c]);
+        const float d = difference[m][n][c];
+        float e = Base<float>::exp(exponent[m][n][c]);
         float moment = e * d;
-        const float series = d * fmaf(d, fmaf(d, fmaf(d, factors.k5, factors.k4), factors.k3), factors.k2);
-        float phi = moment * series;
-        if (!all_near) {
+        float phi = moment * (d * fmaf(d, fmaf(d, fmaf(d, factors.k5, factors.k4), factors.k3), factors.k2));
+        if constexpr (!kNear) {
           // The student's side of the pair counts where the teacher's has underflowed.
-          const float other = Base<float>::exp(fmaf(d, factors.student, teacher[m][n][c]));
-          const float far = fmaf(-factors.nats, moment, other - e);
-          phi = fabsf(d) < factors.near ? phi : far;
+          const float other = Base<float>::exp(fmaf(d, factors.student, exponent[m][n][c]));
+          phi = fabsf(d) < factors.near ? phi : fmaf(-factors.nats, moment, other - e);
         }
         if (kPartial && (seen[m][n] >> c & 1u) == 0) e = moment = phi = 0;
         row_sums[m][c / 2].add(e, moment, phi, c % 2 == 0 ? pair.first.weight : pair.second.weight);
         if constexpr (kColumns) column_sums[2 * n + c % 2].add(e, moment, phi, rows[m][c / 2].weight);
       }
     }
+  }
+}
+
+/// Adds a chunk of pairs to the sums of its rows and, if kColumns, of its columns. Overwrites the products.
+/// @param seen bit c of seen[m][n]: whether the pair counts; read only if kPartial
+/// @param column (n): the tokens of the thread's two columns of fragment n
+template <bool kColumns, bool kPartial, int kSlabs, typename ColumnOf>
+__device__ void add_chunk(float (&student)[kSlabs][kChunkGroups][4],
+                          float (&teacher)[kSlabs][kChunkGroups][4],
+                          const ForwardToken (&rows)[kSlabs][2],
+                          const ColumnOf& column,
+                          const uint8_t (&seen)[kSlabs][kChunkGroups],
+                          const ElementFactors& factors,
+                          Sums (&row_sums)[kSlabs][2],
+                          Sums (&column_sums)[2 * kChunkGroups]) {
+  if (prepare_chunk(student, teacher, rows, column, factors)) {
+    add_pairs<kColumns, kPartial, true>(student, teacher, rows, column, seen, factors, row_sums, column_sums);
+  } else {
+    add_pairs<kColumns, kPartial, false>(student, teacher, rows, column, seen, factors, row_sums, column_sums);
   }
 }
 

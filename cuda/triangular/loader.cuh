@@ -28,9 +28,18 @@ class TileLoader {
       mma::load_tokens<T, kDim, kRows>(shared, head_, vectors_, first, count_, mask_);
       return;
     }
-    const bool inside = chunk_ * 8 < vectors_.dim;
     const T* source = head_ + (first + row_) * vectors_.token_stride + chunk_ * 8;
     uint32_t to = shared + Rows::offset(row_, chunk_);
+    if (mask_ == nullptr && first + kRows <= count_ && vectors_.dim == kDim) {
+#pragma unroll
+      for (int row = 0; row < kRows; row += kStep) {
+        copy_async(to, source);
+        source += kStep * vectors_.token_stride;
+        to += kStep * Rows::kRowBytes;
+      }
+      return;
+    }
+    const bool inside = chunk_ * 8 < vectors_.dim;
 #pragma unroll
     for (int row = 0; row < kRows; row += kStep) {
       const int token = first + row_ + row;
