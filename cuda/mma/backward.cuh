@@ -341,8 +341,7 @@ class Backward {
 
   __device__ float owner_element(int row, int d) const {
     using Rows = Layout<kDim>;
-    uint16_t bits;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(shared_ + Rows::offset(row, d / 8) + d % 8 * 2));
+    const uint16_t bits = load_shared_16(shared_ + Rows::offset(row, d / 8) + d % 8 * 2);
     return static_cast<float>(*reinterpret_cast<const T*>(&bits));
   }
 
@@ -383,8 +382,7 @@ class Backward {
 
 template <typename T, int kDim, int kSlabs>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_constant__ BackwardParams params) {
-  extern __shared__ __align__(128) char shared[];
-  Backward<T, kDim, kSlabs>::run(params, shared);
+  Backward<T, kDim, kSlabs>::run(params, dynamic_shared_memory());
 }
 
 }  // namespace linearard::cuda::mma

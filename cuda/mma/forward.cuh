@@ -256,8 +256,7 @@ class Forward {
 
 template <typename T, int kDim, int kSlabs>
 __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_constant__ ForwardParams params) {
-  extern __shared__ __align__(128) char shared[];
-  Forward<T, kDim, kSlabs>::run(params, shared);
+  Forward<T, kDim, kSlabs>::run(params, dynamic_shared_memory());
 }
 
 }  // namespace linearard::cuda::mma

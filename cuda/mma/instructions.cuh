@@ -5,13 +5,17 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "../common/instructions.cuh"
+
 // The PTX instructions that the tensor-core kernels are made of (sm_80 and later).
 
-namespace linearard::cuda {
+#ifdef LINEARARD_EMULATION
 
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+#include <emulation/mma_instructions.h>
+
+#else
+
+namespace linearard::cuda {
 
 /// 16 bytes from global to shared memory, zeros where `valid` is false (the source is not read then).
 __device__ inline void copy_async(uint32_t shared, const void* global, bool valid) {
@@ -85,6 +89,12 @@ __device__ inline void multiply_add<__half>(float (&d)[4], const uint32_t (&a)[4
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+}  // namespace linearard::cuda
+
+#endif
+
+namespace linearard::cuda {
 
 /// Two floats as one register of 16-bit elements, the first in the low half.
 template <typename T>

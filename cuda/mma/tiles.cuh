@@ -55,8 +55,7 @@ __device__ void load_chunk(uint32_t shared, const T* source, int count) {
 #pragma unroll 1
   for (int e = 0; e < 8; ++e) {
     const T x = e < count ? source[e] : T(0.f);
-    asm volatile("st.shared.u16 [%0], %1;" ::"r"(shared + 2 * e), "h"(*reinterpret_cast<const uint16_t*>(&x))
-                 : "memory");
+    store_shared_16(shared + 2 * e, *reinterpret_cast<const uint16_t*>(&x));
   }
 }
 
