@@ -3,8 +3,8 @@
     make test-gpu                          # in .venv
     make test-gpu PYTHON=/path/to/python   # in an environment that has torch, pybind11 and pytest; nothing is installed
 
-Needs nvcc, CMake and GoogleTest; compute-sanitizer of the CUDA toolkit for the last four suites. With --suites only
-those run, and their lines replace the ones in a file of the same commit and machine.
+Needs nvcc, CMake and GoogleTest; compute-sanitizer of the CUDA toolkit for the suites that are named after its tools.
+With --suites only those run, and their lines replace the ones in a file of the same commit and machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "cuda-test"
 PACKAGE = BUILD / "package"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-SUITES = ("googletest", "pytest", *SANITIZERS)
+# The same with the triangular kernels, as long as they are off by default (docs/performance.md).
+TRIANGULAR = "-triangular"
+SUITES = (
+    "googletest",
+    "pytest",
+    *SANITIZERS,
+    *(suite + TRIANGULAR for suite in ("pytest", *SANITIZERS)),
+)
 # The line in which a suite says how it ended: the last one that matches.
 CLOSING = {
     "googletest": re.compile(r"^.*tests passed.*$", re.MULTILINE),
@@ -136,6 +143,7 @@ def head() -> str:
 
 def command_of(suite: str) -> list[str]:
     """The program that runs a suite."""
+    suite = suite.removesuffix(TRIANGULAR)
     if suite == "googletest":
         return ["ctest", "--test-dir", str(BUILD), "--output-on-failure", "--no-tests=error"]
     if suite == "pytest":
@@ -152,7 +160,9 @@ def run(suite: str) -> tuple[str, bool]:
     command = command_of(suite)
     print("+", " ".join(command), flush=True)
     # Every tensor in an allocation of its own: the sanitizers see what leaves it.
-    extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if suite in SANITIZERS else {}
+    extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if suite.removesuffix(TRIANGULAR) in SANITIZERS else {}
+    if suite.endswith(TRIANGULAR):
+        extra["LINEARARD_TRIANGULAR"] = "1"
     lines = []
     try:
         with subprocess.Popen(
@@ -171,7 +181,7 @@ def run(suite: str) -> tuple[str, bool]:
         return f"not run: {command[0]} was not found", False
     text = "".join(lines)
     (BUILD / f"{suite}.log").write_text(text)
-    closing = CLOSING[suite].findall(text)
+    closing = CLOSING[suite.removesuffix(TRIANGULAR)].findall(text)
     passed = process.returncode == 0
     return (closing[-1] if closing else "no closing line") + ("" if passed else " (FAILED)"), passed
 
