@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel
 
-from linearard.capture import decoder_of, few_logits, transformers_model
+from linearard.capture import decoder_of, enable_capture, few_logits, transformers_model
 from linearard.cpt import check_head, last_hidden_states, next_token_loss, next_tokens
 from linearard.errors import UserError
 from linearard.linear_cross_entropy import IGNORED
@@ -87,6 +87,7 @@ class LongREDTrainer(StageTrainer):
         if args.world_size > 1:
             raise UserError("LongReD runs in one process: its losses do not reach the same parameters")
         check_head(model)
+        enable_capture(model)  # for measurements: the losses need hidden states alone
         depth = model.config.get_text_config(decoder=True).num_hidden_layers
         self.layers = args.distilled_layers or sorted({round((place + 1) * depth / 6) - 1 for place in range(6)} - {-1})
         wrong = [layer for layer in self.layers if not 0 <= layer < depth]
