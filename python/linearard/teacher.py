@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from linearard.capture import LayerStates, capture_states
 from linearard.errors import UserError
@@ -98,6 +98,7 @@ def make_trainable(model: PreTrainedModel, args: StageConfig) -> nn.Module:
             target_modules=args.trainable,
             task_type="CAUSAL_LM",
         )
+        set_seed(args.seed)  # Trainer seeds later, and the adapters begin with random numbers
         student: nn.Module = get_peft_model(model, settings)
         return student
     everything = args.trainable == ["all"]

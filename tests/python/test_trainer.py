@@ -256,3 +256,24 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
     assert float(two.pop("loss")) == pytest.approx(float(one.pop("loss")), rel=1e-5)
     assert_same(one, two)
+
+
+def test_logits_are_compared_at_the_last_positions(tmp_path: Path) -> None:
+    ids = random_ids(2, 24)
+    mask = torch.ones_like(ids)
+    mask[1, 20:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    settings: dict[str, Any] = {"lora_rank": 0, "trainable": ["all"]}
+    plain = make_trainer(tmp_path, **settings)
+    both = make_trainer(tmp_path, logits_weight=3.0, logits_positions=8, **settings)
+    with torch.no_grad():
+        difference = both.compute_loss(both.model, dict(batch)) - plain.compute_loss(plain.model, dict(batch))
+        log_q, log_p = (
+            model(ids, attention_mask=mask).logits[:, -8:].log_softmax(-1)
+            for model in (both.model, both.teacher.frozen_copy)
+        )
+    rows = (log_p.exp() * (log_p - log_q)).sum(-1)[mask[:, -8:].bool()]
+    torch.testing.assert_close(difference, 3 * rows.mean(), rtol=1e-3, atol=1e-5)
+    trained = make_trainer(tmp_path / "run", logits_weight=1.0, gradient_accumulation_steps=2)
+    trained.train()
+    assert all(entry["logits_kl"] > 0 for entry in trained.state.log_history if "loss" in entry)
