@@ -16,7 +16,7 @@ HELP = """usage: linearard COMMAND [options]
 Undo the damage that RoPE scaling does to a language model.
 
 commands:
-  restore     scale a model's RoPE, measure the damage, undo it by distillation, save the restored model
+  restore     scale a model's RoPE, measure the damage, undo it by training in stages, save the restored model
   evaluate    measure a model, and how far its attention relations are from a teacher's
   info        versions, build and devices
 
