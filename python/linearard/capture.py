@@ -79,11 +79,12 @@ def _capturing_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     capture = _active.get()
+    # Under autocast, the cast that attention and relations would each make (RoPE leaves float32 behind). Captured or
+    # not: gradient checkpointing, which computes the layer again later, has to meet the same operations.
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if capture is not None:
-        # Under autocast, the cast that attention and relations would each make (RoPE leaves float32 behind).
-        if torch.is_autocast_enabled(query.device.type):
-            dtype = torch.get_autocast_dtype(query.device.type)
-            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         capture.store(module, query, key, value, kwargs.get("scaling"))
         if capture.states_only:
             batch, heads, length, _ = query.shape

@@ -112,7 +112,13 @@ def make_trainable(model: PreTrainedModel, args: StageConfig) -> nn.Module:
 
 
 def merged(student: nn.Module) -> PreTrainedModel:
-    """The student as a plain transformers model, its adapters merged into the weights."""
+    """The student as a plain transformers model, its adapters merged into weights that are float32 then.
+
+    In bfloat16 weights most of what the adapters add would be rounded away.
+    """
+    if isinstance(student, PeftModel):
+        student.to(torch.float32)
+        restore_float32_rope(student)
     model = student.merge_and_unload() if isinstance(student, PeftModel) else student
     assert isinstance(model, PreTrainedModel)
     return model

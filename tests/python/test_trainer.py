@@ -160,10 +160,11 @@ def test_packed_sequences_equal_separate_ones(tmp_path: Path) -> None:
     assert_same(separate, together)
 
 
-def test_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_checkpointing_changes_no_gradient(bf16: bool, tmp_path: Path) -> None:
     batch = [{"input_ids": random_ids(2, 24)}]
-    plain = gradients(make_trainer(tmp_path), batch)
-    saving = make_trainer(tmp_path, gradient_checkpointing=True)
+    plain = gradients(make_trainer(tmp_path, bf16=bf16), batch)
+    saving = make_trainer(tmp_path, gradient_checkpointing=True, bf16=bf16)
     saving.model.gradient_checkpointing_enable(saving.args.gradient_checkpointing_kwargs)
     assert_same(plain, gradients(saving, batch))
 
@@ -175,8 +176,11 @@ def test_bfloat16_weights_get_float32_masters(tmp_path: Path) -> None:
         assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
         trainer.train()
         assert all(entry["loss"] > 0 for entry in trainer.state.log_history if "loss" in entry)
-    rotary = merged(lora.model).model.rotary_emb
-    assert rotary.inv_freq.dtype == torch.float32
+    frozen = lora.model.get_base_model().model.layers[0].mlp.up_proj.weight.clone()
+    assert frozen.dtype == torch.bfloat16
+    plain = merged(lora.model)
+    assert {p.dtype for p in plain.parameters()} == {plain.model.rotary_emb.inv_freq.dtype} == {torch.float32}
+    torch.testing.assert_close(plain.model.layers[0].mlp.up_proj.weight, frozen.float(), rtol=0, atol=0)
 
 
 def test_merged_model_is_the_student(tmp_path: Path) -> None:
