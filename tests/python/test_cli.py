@@ -44,15 +44,15 @@ def restore_arguments(model: Path | str, text: Path, output: Path, *more: str) -
 
 def test_restore_from_end_to_end(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "run"
-    assert main(restore_arguments(model, text, output, "--learning_rate", "5e-3", "--max_steps", "40")) == 0
+    assert main(restore_arguments(model, text, output, "--learning_rate", "1e-2", "--max_steps", "60")) == 0
     shown = capsys.readouterr()
     for word in ("teacher", "scaled", "restored", "undone", "last-word accuracy", "mean KL K/K", "peak memory"):
         assert word in " ".join(shown.out.split())
     assert "Traceback" not in shown.err
 
     metrics = json.loads((output / "metrics.json").read_text())
-    assert metrics["tokens"] == metrics["stages"]["ard"]["tokens"] == 40 * 4 * 32
-    assert len(metrics["stages"]["ard"]["log"]) == 40
+    assert metrics["tokens"] == metrics["stages"]["ard"]["tokens"] == 60 * 4 * 32
+    assert len(metrics["stages"]["ard"]["log"]) == 60
     assert metrics["restored"] == metrics["stages"]["ard"]["evaluation"]
     before, after = metrics["scaled"]["relation_kl"], metrics["restored"]["relation_kl"]
     assert all(sum(after[name]) < 0.85 * sum(before[name]) for name in ("query", "key", "value"))
