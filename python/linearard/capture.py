@@ -20,14 +20,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from linearard.errors import UserError
 
 ATTENTION_NAME = "linearard_capture"
+# The same attention function without a mask function: transformers then makes no mask, and does not ask the positions
+# whether sequences are packed, for which the host would wait for the GPU in every pass.
+UNMASKED_NAME = "linearard_capture_unmasked"
 
 
 @dataclass(frozen=True)
 class LayerStates:
     """What one attention layer multiplied: queries and keys after RoPE, values.
 
-    query [B, Hq, N, D]; key and value [B, Hk, N, D] and [B, Hk, N, Dv], heads not repeated, in the model's dtype;
-    scale is the factor on query-key products.
+    query [B, Hq, N, D]; key and value [B, Hk, N, D] and [B, Hk, N, Dv], heads not repeated, in the model's dtype or
+    that of autocast; scale is the factor on query-key products.
     """
 
     query: Tensor
@@ -44,19 +47,23 @@ class Capture:
     """The states of one forward pass by layer index.
 
     The first pass through a layer counts: a recomputation of the layer by gradient checkpointing changes nothing.
+
+    modules: the attention module of each layer that was stored; states_only: attention itself is not computed, its
+    output is zero.
     """
 
-    def __init__(self, layers: frozenset[int] | None = None) -> None:
+    def __init__(self, layers: frozenset[int] | None = None, states_only: bool = False) -> None:
         self.states: dict[int, LayerStates] = {}
+        self.modules: dict[int, nn.Module] = {}
+        self.states_only = states_only
         self._layers = layers
-        self._owners: dict[int, nn.Module] = {}
 
     def store(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> None:
         """Keep the states of `module`, unless its layer is not wanted or was stored before."""
         index = getattr(module, "layer_idx", None)
         if not isinstance(index, int) or (self._layers is not None and index not in self._layers):
             return
-        owner = self._owners.setdefault(index, module)
+        owner = self.modules.setdefault(index, module)
         if owner is not module:
             raise UserError(
                 f"two attention modules of this model call themselves layer {index}; pass its text decoder alone"
@@ -72,18 +79,26 @@ def _capturing_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     capture = _active.get()
+    # Under autocast, the cast that attention and relations would each make (RoPE leaves float32 behind). Captured or
+    # not: gradient checkpointing, which computes the layer again later, has to meet the same operations.
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if capture is not None:
         capture.store(module, query, key, value, kwargs.get("scaling"))
+        if capture.states_only:
+            batch, heads, length, _ = query.shape
+            return value.new_zeros(batch, length, heads, value.shape[-1]), None
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
 
 
 @contextmanager
-def capturing(layers: frozenset[int] | None = None) -> Iterator[Capture]:
+def capturing(layers: frozenset[int] | None = None, states_only: bool = False) -> Iterator[Capture]:
     """Collect the states of the one forward pass of an enabled model that runs inside the `with` block.
 
-    layers: indices of the layers to keep; None keeps all.
+    layers: indices of the layers to keep; None keeps all. states_only: see `Capture`.
     """
-    capture = Capture(layers)
+    capture = Capture(layers, states_only)
     token = _active.set(capture)
     try:
         yield capture
@@ -121,7 +136,8 @@ def enable_capture(model: nn.Module) -> list[int]:
     attention (the stock function that runs inside).
     """
     base = transformers_model(model)
-    AttentionInterface.register(ATTENTION_NAME, _capturing_attention)
+    for name in (ATTENTION_NAME, UNMASKED_NAME):
+        AttentionInterface.register(name, _capturing_attention)
     # Without a mask function of the same name, transformers would drop padding masks silently.
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
     refusal = (
@@ -135,6 +151,27 @@ def enable_capture(model: nn.Module) -> list[int]:
     if not layers:
         raise UserError(refusal)
     return layers
+
+
+@contextmanager
+def without_masks(*models: nn.Module) -> Iterator[None]:
+    """Run enabled models without looking for padding or packed sequences, which the batches must not have.
+
+    Models with sliding windows keep their masks.
+    """
+    configs = [transformers_model(model).config for model in models]
+    changed = [
+        config
+        for config in configs
+        if config._attn_implementation == ATTENTION_NAME and getattr(config, "sliding_window", None) is None
+    ]
+    for config in changed:
+        config._attn_implementation = UNMASKED_NAME
+    try:
+        yield
+    finally:
+        for config in changed:
+            config._attn_implementation = ATTENTION_NAME
 
 
 def disable_capture(model: nn.Module) -> None:
@@ -151,10 +188,12 @@ def capture_states(
     inputs: further arguments of the decoder, such as attention_mask or position_ids.
     """
     was_training = model.training
-    model.eval()
+    if was_training:
+        model.eval()
     try:
         with capturing(layers) as capture:
             decoder_of(model)(input_ids=input_ids, use_cache=False, **inputs)
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
     return capture.states

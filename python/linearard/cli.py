@@ -16,7 +16,7 @@ HELP = """usage: linearard COMMAND [options]
 Undo the damage that RoPE scaling does to a language model.
 
 commands:
-  restore     scale a model's RoPE, measure the damage, undo it by distillation, save the restored model
+  restore     scale a model's RoPE, measure the damage, undo it by training in stages, save the restored model
   evaluate    measure a model, and how far its attention relations are from a teacher's
   info        versions, build and devices
 
@@ -65,23 +65,33 @@ def run(arguments: Sequence[str] | None) -> int:
 # The imports are inside the commands: transformers takes seconds, and help and errors should not wait for it.
 def restore_command(arguments: list[str]) -> None:
     """`linearard restore`: see linearard.restore."""
-    from linearard.config import make_config
+    from linearard.recipe import make_recipe
 
-    config = make_config(arguments)
+    recipe = make_recipe(arguments)
     _quiet_libraries()
 
     from linearard.display import Display
     from linearard.report import results_table, write_metrics, write_picture
+
+    run, output = recipe.run, recipe.output
+    display = Display(quiet=run.process_index != 0)
+    if run.random_weights:
+        from linearard.trial import measure, trial_table
+
+        measured = measure(recipe, display)
+        if run.process_index == 0:
+            display.console.print(trial_table(measured, recipe))
+            display.say(f"Numbers: {output / 'metrics.json'}")
+        return
+
     from linearard.restore import restore
 
-    display = Display(quiet=config.process_index != 0)
-    result = restore(config, display)
+    result = restore(recipe, display)
     if result is None:
         return
-    output = Path(str(config.output_dir))
-    write_metrics(result, config, output / "metrics.json")
-    picture = write_picture(result, config, output / "report.png")
-    display.console.print(results_table(result, config))
+    write_metrics(result, run, output / "metrics.json")
+    picture = write_picture(result, run, output / "report.png")
+    display.console.print(results_table(result, run))
     display.say(f"Restored model: {output / 'model'}")
     display.say(f"Numbers: {output / 'metrics.json'}")
     display.say(f"Picture: {output / 'report.png'}" if picture else "No picture: matplotlib is not installed")

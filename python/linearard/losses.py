@@ -1,7 +1,7 @@
 """The attention-relation distillation (ARD) loss: KL(teacher || student) between the rows of attention relations."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from linearard.ops import attention_kl, relation_kl
 
 SELF_RELATIONS = ("query", "key", "value")
 RELATIONS = (*SELF_RELATIONS, "attention")
+# Layers are stacked up to this size of the student's states: where one layer is as large, its kernels take far longer
+# than their launch, and the copies would cost memory for nothing.
+STACKED_BYTES = 64 * 2**20
 
 
 def parse_relations(items: list[str]) -> dict[str, float]:
@@ -43,12 +46,19 @@ class ARDLoss:
     tokens x heads; then the mean over the layers. Key and value heads of grouped-query models count once each.
 
     weights: by relation ("query", "key", "value", "attention"); causal: whether the self-relations see only earlier
-    tokens (the attention map is always causal, as the model is); divergence: "forward_kl", "reverse_kl" or "jsd".
+    tokens (the attention map is always causal, as the model is); divergence: "forward_kl", "reverse_kl" or "jsd";
+    temperature: divides the logits of both sides (the factor temperature^2 that some put before the loss is left to the
+    weights); layer_weights: by layer index, relative to each other (their weighted mean replaces the mean over layers),
+    1 where a layer is not named; attention_factor: of the student's RoPE (YaRN multiplies its queries and keys by it),
+    divided out of the relations that they take part in.
     """
 
     weights: Mapping[str, float]
     causal: bool = False
     divergence: str = "forward_kl"
+    temperature: float = 1.0
+    layer_weights: Mapping[int, float] = field(default_factory=dict)
+    attention_factor: float = 1.0
 
     def __call__(
         self,
@@ -65,14 +75,15 @@ class ARDLoss:
         num_items: scalar, the tokens of all micro-batches and processes over which the mean runs, instead of those of
         this batch.
         """
-        if student.keys() != teacher.keys() or not student:
-            raise ValueError(f"student and teacher have different layers: {sorted(student)} and {sorted(teacher)}")
-        by_layer = self.by_layer(
-            student, teacher, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, num_items=num_items
-        )
-        parts = {name: torch.stack(values).mean() for name, values in by_layer.items()}
-        loss = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
-        return loss, {name: part.detach() for name, part in parts.items()}
+        by_layer = self._layers(student, teacher, key_padding_mask, cu_seqlens, num_items)
+        shares = self.layer_shares(sorted(student))
+        parts, terms = {}, []
+        for name, values in by_layer.items():
+            parts[name] = values.detach().mean()
+            # Python numbers: a tensor of weights would have to be copied to the GPU in every step.
+            mean = values.mean() if not self.layer_weights else _weighted_sum(values, shares)
+            terms.append(self.weights[name] * mean)
+        return torch.stack(terms).sum(), parts
 
     def by_layer(
         self,
@@ -84,33 +95,109 @@ class ARDLoss:
         num_items: Tensor | None = None,
     ) -> dict[str, list[Tensor]]:
         """The unweighted divergence of each relation, one scalar per layer in the order of their indices."""
-        options: dict[str, Any] = {
-            "key_padding_mask": key_padding_mask,
-            "cu_seqlens": cu_seqlens,
-            "num_items": num_items,
-            "divergence": self.divergence,
-        }
-        result: dict[str, list[Tensor]] = {name: [] for name in self.weights}
-        for index in sorted(student):
-            own, other = student[index], teacher[index].detach()
+        values = self._layers(student, teacher, key_padding_mask, cu_seqlens, num_items)
+        return {name: list(layers.unbind()) for name, layers in values.items()}
+
+    def layer_shares(self, layers: list[int]) -> list[float]:
+        """The share of each of these layers in the loss; together 1."""
+        weights = [self.layer_weights.get(layer, 1.0) for layer in layers]
+        return [weight / sum(weights) for weight in weights]
+
+    def _layers(
+        self,
+        student: Mapping[int, LayerStates],
+        teacher: Mapping[int, LayerStates],
+        key_padding_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        num_items: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """The unweighted divergence of each relation, [layers]."""
+        if student.keys() != teacher.keys() or not student:
+            raise ValueError(f"student and teacher have different layers: {sorted(student)} and {sorted(teacher)}")
+        structure = {"key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens}
+        rows: dict[str, list[Tensor]] = {name: [] for name in self.weights}
+        layers = sorted(student)
+        for group in _groups([student[layer] for layer in layers], [teacher[layer] for layer in layers]):
+            own = _Stack([student[layers[place]] for place in group])
+            other = _Stack([teacher[layers[place]].detach() for place in group])
             for name in self.weights:
-                if name == "attention":
-                    divergence = attention_kl(
-                        _operand(own.query),
-                        _operand(own.key),
-                        _operand(other.query),
-                        _operand(other.key),
-                        scale_student=own.scale,
-                        scale_teacher=other.scale,
-                        causal=True,
-                        **options,
-                    )
-                else:
-                    divergence = relation_kl(
-                        _operand(getattr(own, name)), _operand(getattr(other, name)), causal=self.causal, **options
-                    )
-                result[name].append(divergence)
-        return result
+                divergence = self._rows(name, own, other, structure)  # [B, layers x heads, N]
+                summed = divergence.unflatten(1, (len(group), -1)).sum((0, 2, 3), dtype=torch.float64)
+                rows[name].append(summed / (divergence.shape[1] // len(group)))
+        query = student[layers[0]].query
+        if num_items is None:
+            num_items = key_padding_mask.sum() if key_padding_mask is not None else None
+        tokens: Tensor | int = query.shape[0] * query.shape[2] if num_items is None else num_items.to(query.device)
+        divisor = max(1, tokens) if isinstance(tokens, int) else tokens.clamp(min=1)
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        return {name: (torch.cat(values) / divisor).to(dtype) for name, values in rows.items()}
+
+    def _rows(self, name: str, own: "_Stack", other: "_Stack", structure: dict[str, Any]) -> Tensor:
+        """The divergence of every row of one relation, [B, layers x heads, N]."""
+        factor = 1.0 if name == "value" else self.attention_factor**-2
+        options: dict[str, Any] = {**structure, "divergence": self.divergence, "reduction": "none"}
+        if name == "attention":
+            return attention_kl(
+                own["query"],
+                own["key"],
+                other["query"],
+                other["key"],
+                scale_student=own.scale * factor / self.temperature,
+                scale_teacher=other.scale / self.temperature,
+                causal=True,
+                **options,
+            )
+        student, teacher = own[name], other[name]
+        return relation_kl(
+            student,
+            teacher,
+            scale_student=student.shape[-1] ** -0.5 * factor / self.temperature,
+            scale_teacher=teacher.shape[-1] ** -0.5 / self.temperature,
+            causal=self.causal,
+            **options,
+        )
+
+
+class _Stack:
+    """The states of several layers as if they were the heads of one, [B, layers x heads, N, D] by name.
+
+    One call of an operator then serves them all: a step of a small model on a GPU is bound by the number of calls. Each
+    name is copied once, when it is first asked for; a single layer is not copied.
+    """
+
+    def __init__(self, layers: list[LayerStates]) -> None:
+        self._layers = layers
+        self._stacked: dict[str, Tensor] = {}
+        self.scale = layers[0].scale
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._stacked:
+            tensors = [getattr(layer, name) for layer in self._layers]
+            self._stacked[name] = _operand(tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1))
+        return self._stacked[name]
+
+
+def _weighted_sum(values: Tensor, weights: list[float]) -> Tensor:
+    return torch.stack([weight * value for weight, value in zip(weights, values.unbind(), strict=True)]).sum()
+
+
+def _groups(student: list[LayerStates], teacher: list[LayerStates]) -> list[list[int]]:
+    """Runs of layers that can be stacked: of the same shapes, and small enough for the copy not to matter."""
+
+    def kind(states: LayerStates) -> tuple[Any, ...]:
+        return (states.scale, *((x.shape, x.dtype) for x in (states.query, states.key, states.value)))
+
+    groups: list[list[int]] = []
+    previous: tuple[Any, ...] | None = None
+    for place, (own, other) in enumerate(zip(student, teacher, strict=True)):
+        current = (kind(own), kind(other))
+        size = own.query.nbytes + own.key.nbytes + own.value.nbytes
+        if current == previous and (len(groups[-1]) + 1) * size <= STACKED_BYTES:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+        previous = current
+    return groups
 
 
 def _operand(states: Tensor) -> Tensor:

@@ -6,10 +6,18 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from linearard.errors import UserError
 
@@ -26,6 +34,30 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, trust_remote_co
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"cannot load the model {name!r}: {_first_line(error)}") from error
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a model; `name` as in `load_model`."""
+    try:
+        config = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load the configuration of {name!r}: {_first_line(error)}") from error
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def random_model(name: str, architecture: dict[str, Any] | None, *, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with random weights, of the given configuration (`model_type` and sizes) or that of the model `name`."""
+    if architecture is None:
+        config = load_config(name)
+    else:
+        try:
+            config = AutoConfig.for_model(**architecture)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"architecture is no configuration of a model: {_first_line(error)}") from error
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     assert isinstance(model, PreTrainedModel)
     return model
 

@@ -13,10 +13,12 @@ import transformers
 from rich.table import Table
 
 from linearard import __version__
-from linearard.config import ARDConfig, EvaluateConfig
+from linearard.config import EvaluateConfig
 from linearard.evaluation import Evaluation
 from linearard.losses import RELATIONS
 from linearard.restore import Restoration
+from linearard.stages import TITLES
+from linearard.training_config import ARDConfig
 
 LABELS = {"query": "Q/Q", "key": "K/K", "value": "V/V", "attention": "Q/K attention map"}
 # Okabe and Ito's colours, which everybody can tell apart.
@@ -27,11 +29,16 @@ GREY, DAMAGED, RESTORED = "#8C8C8C", "#D55E00", "#0072B2"
 def results_table(result: Restoration, config: ARDConfig) -> Table:
     """Teacher, scaled and restored model side by side, and what the restoration cost."""
     seconds = result.seconds
+    trained = ", ".join(
+        f"{stage.tokens:,} tokens {TITLES[name]} of {stage.trained_parameters / 1e6:.1f}M weights"
+        for name, stage in result.stages.items()
+    )
     table = Table(
         title=f"{config.model}, RoPE {config.scaling}",
         caption=(
-            f"{seconds['total']:.0f} s in all, training {seconds['train']:.0f} s, {result.tokens:,} tokens\n"
-            f"{result.trained_parameters / 1e6:.1f}M trained weights, peak memory {result.peak_memory / 2**30:.1f} GiB"
+            f"{seconds['total']:.0f} s in all, training {seconds.get('train', 0):.0f} s\n"
+            f"{trained or 'nothing trained'}\n"
+            f"peak memory {result.peak_memory / 2**30:.1f} GiB"
         ),
     )
     table.add_column("", no_wrap=True)
@@ -74,12 +81,8 @@ def write_metrics(result: Restoration, config: ARDConfig, path: Path) -> None:
             "damage_undone": result.undone,
             "last_word_damage_undone": result.last_word_undone,
             **{name: asdict(getattr(result, name)) for name in ("teacher", "scaled", "restored")},
-            "training": {
-                "steps": config.max_steps,
-                "tokens": result.tokens,
-                "trained_parameters": result.trained_parameters,
-                "log": result.losses,
-            },
+            "tokens": result.tokens,
+            "stages": {name: asdict(stage) for name, stage in result.stages.items()},
             "seconds": result.seconds,
             "peak_memory_bytes": result.peak_memory,
             "environment": environment(config.device),
@@ -137,15 +140,23 @@ def write_picture(result: Restoration, config: ARDConfig, path: Path) -> bool:
 
 
 def _draw_loss(axes: Any, result: Restoration) -> None:
-    steps = [entry["step"] for entry in result.losses]
-    for relation in RELATIONS:
-        if result.losses and f"{relation}_kl" in result.losses[0]:
-            values = [entry[f"{relation}_kl"] for entry in result.losses]
-            axes.plot(steps, values, color=COLOURS[relation], linewidth=1.2, label=LABELS[relation])
-    axes.plot(steps, [entry["loss"] for entry in result.losses], color="black", linewidth=1.8, label="loss")
-    axes.set(title="Distillation", xlabel="step", ylabel="KL, nats per token and head", yscale="log")
+    """The loss by step, of all stages one after the other; relations where the stage has them."""
+    begin = 0
+    for stage, measured in result.stages.items():
+        log = measured.log
+        steps = [begin + entry["step"] for entry in log]
+        for relation in RELATIONS:
+            if log and f"{relation}_kl" in log[0]:
+                values = [entry[f"{relation}_kl"] for entry in log]
+                axes.plot(steps, values, color=COLOURS[relation], linewidth=1.2, label=LABELS[relation])
+        style = "-" if stage == "ard" else "--"
+        label = f"{TITLES[stage]} loss"
+        axes.plot(steps, [entry["loss"] for entry in log], color="black", linewidth=1.8, linestyle=style, label=label)
+        begin += measured.steps
+    axes.set(title="Training", xlabel="step", ylabel="loss, nats (ARD: per token and head)", yscale="log")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
+    if result.stages:
+        axes.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
     axes.set_ylim(top=axes.get_ylim()[1] * 2)  # room for the legend
 
 

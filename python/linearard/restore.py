@@ -1,5 +1,6 @@
-"""`linearard restore`: scale the RoPE of a model, measure the damage, undo it by distillation, measure again, save."""
+"""`linearard restore`: scale the RoPE of a model, measure the damage, train it stage by stage, measure again, save."""
 
+import gc
 import os
 import resource
 import shutil
@@ -8,40 +9,47 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.integrations import get_reporting_integration_callbacks, is_tensorboard_available
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from linearard.capture import disable_capture
-from linearard.config import DTYPES, ARDConfig, save_config
-from linearard.data import Blocks, training_blocks
+from linearard.capture import capture_states, disable_capture, enable_capture
 from linearard.display import Display
-from linearard.errors import UserError
-from linearard.evaluation import Evaluation, EvaluationData, damage_undone, evaluate_model, evaluation_batches
-from linearard.models import check_tokenizer, load_model, load_tokenizer, make_readable
-from linearard.trainer import ARDTrainer, checkpoints, merged
-
-RUN_FILE = "run.yaml"
-# All that a run writes into its directory besides checkpoints.
-RESULTS = (RUN_FILE, "model", "metrics.json", "report.png", "runs")
+from linearard.evaluation import Evaluation, EvaluationData, States, damage_undone, evaluate_model, evaluation_batches
+from linearard.models import check_tokenizer, load_config, load_model, load_tokenizer, make_readable
+from linearard.recipe import Recipe
+from linearard.rope import RopeScaling, check_length, restore_float32_rope, scale_rope
+from linearard.run_directory import RunProgress, StageResult, check_output, checkpoint_of, prepare_output
+from linearard.stage_trainer import StageTrainer
+from linearard.stages import TITLES, WITH_TEACHER, Contexts, make_trainer, stage_dataset, step_tokens
+from linearard.teacher import merged
+from linearard.training_config import DTYPES, ARDConfig
 
 
 @dataclass
 class Restoration:
-    """What a run measured: the three evaluations, the loss by step, its cost."""
+    """What a run measured: the model before, after its scaling and after each stage; the loss by step, the cost."""
 
     teacher: Evaluation
     scaled: Evaluation
-    restored: Evaluation
-    losses: list[dict[str, float]]
-    tokens: int
-    trained_parameters: int
+    stages: dict[str, StageResult]
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
+
+    @property
+    def restored(self) -> Evaluation:
+        """The model that was saved."""
+        return list(self.stages.values())[-1].evaluation if self.stages else self.scaled
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens of all stages."""
+        return sum(stage.tokens for stage in self.stages.values())
 
     @property
     def undone(self) -> float | None:
@@ -56,141 +64,189 @@ class Restoration:
         )
 
 
-def restore(config: ARDConfig, display: Display) -> Restoration | None:
-    """Run a restoration and write model, metrics and picture into `config.output_dir`.
+def restore(recipe: Recipe, display: Display) -> Restoration | None:
+    """Run the stages of a recipe and write the model into its output directory.
 
     Returns the measurements, or None on the processes of a distributed run that do not report. Raises UserError for
-    settings, files or models that cannot be used.
+    settings, files or models that cannot be used, and for a training that diverges.
     """
     clock = Clock()
-    output = Path(str(config.output_dir))
-    checkpoint = check_output(config, output)
+    check_output(recipe)
+    resumes = bool(recipe.run.resume_from_checkpoint)
+    progress = RunProgress.load(recipe.output) if resumes else RunProgress(recipe.output)
     with clock.measure("load"):
-        display.say(f"Loading {config.model}")
-        tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-        model = load_model(config.model, dtype=DTYPES[config.model_dtype], trust_remote_code=config.trust_remote_code)
-        check_tokenizer(tokenizer, model)
-        data = EvaluationData.load(config, tokenizer)
-        blocks = load_blocks(config, tokenizer)
-        trainer = ARDTrainer(model, config, train_dataset=blocks)
-    if trainer.is_world_process_zero() and checkpoint is None:
-        prepare_output(config, output)
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    reports = trainer.is_world_process_zero()
-    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-
-    before = evaluate_before(trainer, tokenizer, data, display, clock) if reports else None
-    trainer.accelerator.wait_for_everyone()
-    with clock.measure("train"), display.progress("Restoring", config.max_steps) as progress:
-        if reports:
-            trainer.add_callback(ProgressReport(progress))
-        trainer.train(resume_from_checkpoint=checkpoint)
-    # Mixed precision was for training: the evaluations before it were in float32, too.
-    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-    if before is None:
+        session = _Session.load(recipe, progress, display, clock)
+    if session.reports and not resumes:
+        prepare_output(recipe)
+    session.start()
+    for name in session.unfinished:
+        session.run_stage(name)
+    if not session.reports:
         return None
-    with clock.measure("evaluate"):
-        restored = evaluate_stage("Restored model", trainer, tokenizer, data, display)
-    with clock.measure("save"):
-        save_model(merged(trainer.model), tokenizer, output / "model")
+    if not recipe.stages:
+        session.save(recipe.output / "model", final=True)
+    assert progress.teacher is not None
+    assert progress.scaled is not None
     return Restoration(
-        teacher=before[0],
-        scaled=before[1],
-        restored=restored,
-        losses=[entry for entry in trainer.state.log_history if "loss" in entry],
-        tokens=config.max_steps * batch_size(config) * config.sequence_length,
-        trained_parameters=trained,
+        teacher=progress.teacher,
+        scaled=progress.scaled,
+        stages=progress.stages,
         seconds=clock.finish(),
-        peak_memory=peak_memory(config.device),
+        peak_memory=peak_memory(recipe.run.device),
     )
 
 
-def evaluate_before(
-    trainer: ARDTrainer, tokenizer: PreTrainedTokenizerBase, data: EvaluationData, display: Display, clock: "Clock"
-) -> tuple[Evaluation, Evaluation]:
-    """The teacher (native RoPE) and the untrained student (scaled RoPE)."""
-    with clock.measure("evaluate"):
-        with trainer.teacher.active() as teacher, display.progress("Teacher", evaluation_batches(data, False)) as bar:
-            native = evaluate_model(teacher, tokenizer, data, advance=bar.advance)
-        return native, evaluate_stage("Scaled model", trainer, tokenizer, data, display)
+@dataclass
+class _Session:
+    """The model on its way through the stages of a run."""
+
+    recipe: Recipe
+    progress: RunProgress
+    display: Display
+    clock: "Clock"
+    tokenizer: PreTrainedTokenizerBase
+    data: EvaluationData
+    datasets: dict[str, Dataset]
+    model: PreTrainedModel
+    trainer: StageTrainer | None = None
+
+    @classmethod
+    def load(cls, recipe: Recipe, progress: RunProgress, display: Display, clock: "Clock") -> "_Session":
+        """Load and check everything that the run needs, before any of its work."""
+        run = recipe.run
+        display.say(f"Loading {run.model}")
+        tokenizer = load_tokenizer(run.model, trust_remote_code=run.trust_remote_code)
+        contexts = Contexts.of(load_config(run.model, trust_remote_code=run.trust_remote_code), recipe)
+        contexts.check(recipe)
+        check_length(run.heldout_length, contexts.scaled, "heldout_length")
+        finished = progress.finished(recipe)
+        saved = progress.model_of(recipe, finished[-1]) if finished else None
+        model = load_native(run) if saved is None else load_model(str(saved))
+        check_tokenizer(tokenizer, model)
+        data = EvaluationData.load(run, tokenizer)
+        datasets = {
+            name: stage_dataset(recipe.stage(name), tokenizer, contexts)
+            for name in recipe.stages
+            if name not in finished
+        }
+        session = cls(recipe, progress, display, clock, tokenizer, data, datasets, model)
+        if not finished and recipe.stages and recipe.stages[0] in WITH_TEACHER:
+            session.trainer = session.make_trainer(recipe.stages[0])
+        return session
+
+    @property
+    def unfinished(self) -> list[str]:
+        """The stages that are left."""
+        return list(self.datasets)
+
+    @property
+    def reports(self) -> bool:
+        """Whether this process measures and writes."""
+        return self.recipe.run.process_index == 0
+
+    def make_trainer(self, name: str) -> StageTrainer:
+        """The trainer of a stage, for the model as it is now."""
+        trainer = make_trainer(self.recipe, name, self.model, self.datasets[name])
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        trainer.watch.warn = self.display.say
+        return trainer
+
+    def start(self) -> None:
+        """Scale the model, unless its first stage does or has done so, and measure teacher and scaled model."""
+        finished = self.progress.finished(self.recipe)
+        if self.trainer is None and not finished:
+            self.model.to(self.recipe.run.device)
+            if self.reports and self.progress.teacher is None:
+                self.progress.teacher = self.evaluate("Teacher", self.model, None)
+            scale_rope(self.model, RopeScaling.parse(self.recipe.run.scaling))
+            enable_capture(self.model)
+        if not self.reports or self.progress.scaled is not None:
+            return
+        if self.trainer is not None:
+            with self.trainer.teacher.active() as teacher:
+                self.progress.teacher = self.evaluate("Teacher", teacher, None)
+            self.progress.scaled = self.evaluate("Scaled model", self.trainer.model, self.trainer.teacher.states)
+        else:
+            self.progress.scaled = self.evaluate_with_native("Scaled model")
+        self.progress.save()
+
+    def run_stage(self, name: str) -> None:
+        """Train one stage, measure and save what comes out of it."""
+        trainer = self.trainer or self.make_trainer(name)
+        trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+        config = self.recipe.stage(name)
+        trainer.accelerator.wait_for_everyone()
+        begin = time.perf_counter()
+        with self.clock.measure("train"), self.display.progress(TITLES[name], config.max_steps) as progress:
+            if self.reports:
+                trainer.add_callback(ProgressReport(progress))
+            trainer.train(resume_from_checkpoint=checkpoint_of(self.recipe, name, self.unfinished[0]))
+        seconds = time.perf_counter() - begin
+        # Mixed precision was for training: the evaluations before it were in float32, too.
+        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+        title = "Restored model" if name == self.recipe.stages[-1] else f"After {TITLES[name]}"
+        evaluation = None
+        if self.reports and name in WITH_TEACHER:
+            evaluation = self.evaluate(title, trainer.model, trainer.teacher.states)
+        self.model = merged(trainer.model)
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        del trainer
+        self.trainer = None  # with its optimizer and its teacher
+        release_memory()
+        if self.reports:
+            evaluation = evaluation or self.evaluate_with_native(title)
+            self.save(self.progress.model_of(self.recipe, name), final=name == self.recipe.stages[-1])
+            tokens = config.max_steps * step_tokens(config)
+            self.progress.stages[name] = StageResult(evaluation, config.max_steps, tokens, trained, seconds, log)
+            self.progress.save()
+        enable_capture(self.model)
+
+    def save(self, target: Path, final: bool) -> None:
+        """Save the model: in the dtype it was loaded in if it is the result, else in float32 for the next stage."""
+        with self.clock.measure("save"):
+            save_model(
+                self.model, self.tokenizer, target, DTYPES[self.recipe.run.model_dtype] if final else torch.float32
+            )
+
+    def evaluate(self, name: str, model: torch.nn.Module, teacher: States | None) -> Evaluation:
+        """Measure a model, and how far its relations are from the teacher's."""
+        batches = evaluation_batches(self.data, teacher is not None)
+        with self.clock.measure("evaluate"), self.display.progress(name, batches) as bar:
+            return evaluate_model(model, self.tokenizer, self.data, teacher, bar.advance)
+
+    def evaluate_with_native(self, name: str) -> Evaluation:
+        """Measure the model beside its native version, which is loaded for this alone."""
+        native = load_native(self.recipe.run).to(self.recipe.run.device)
+        enable_capture(native)
+        enable_capture(self.model)
+        evaluation = self.evaluate(name, self.model, partial(capture_states, native))
+        del native
+        release_memory()
+        return evaluation
 
 
-def evaluate_stage(
-    name: str, trainer: ARDTrainer, tokenizer: PreTrainedTokenizerBase, data: EvaluationData, display: Display
-) -> Evaluation:
-    """The student as it is now, and how far its relations are from the teacher's."""
-    with display.progress(name, evaluation_batches(data, True)) as bar:
-        return evaluate_model(trainer.model, tokenizer, data, trainer.teacher.states, bar.advance)
+def load_native(run: ARDConfig) -> PreTrainedModel:
+    """The model of a run with its native RoPE; its context as the run says."""
+    model = load_model(run.model, dtype=DTYPES[run.model_dtype], trust_remote_code=run.trust_remote_code)
+    if run.native_context is not None:
+        model.config.get_text_config(decoder=True).max_position_embeddings = run.native_context
+    return model
 
 
-def check_output(config: ARDConfig, output: Path) -> str | None:
-    """Refuse an output directory that cannot be used; returns the checkpoint to resume from, if any."""
-    try:
-        get_reporting_integration_callbacks(config.report_to)
-    except ValueError as error:
-        raise UserError(f"report_to: {error}") from error
-    if config.report_to == ["tensorboard"] and not is_tensorboard_available():
-        raise UserError("tensorboard is not installed: pip install tensorboard, or set report_to to none")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"the output directory {str(output)!r} is a file")
-    if config.resume_from_checkpoint:
-        return find_checkpoint(config.resume_from_checkpoint, output)
-    replaceable = config.overwrite and (output / RUN_FILE).is_file()
-    if output.is_dir() and any(output.iterdir()) and not replaceable:
-        raise UserError(
-            f"the output directory {str(output)!r} is not empty: choose another, resume with "
-            "--resume_from_checkpoint last, or replace an earlier run with --overwrite true"
-        )
-    return None
+def release_memory() -> None:
+    """Give back what a finished stage has held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def prepare_output(config: ARDConfig, output: Path) -> None:
-    """Make the output directory, without the results of an earlier run, and write the settings into it.
-
-    Nothing but such results is ever removed.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for path in [*checkpoints(output), *(output / name for name in RESULTS)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        save_config(config, output / RUN_FILE)
-    except OSError as error:
-        raise UserError(f"cannot write into the output directory {str(output)!r}: {error.strerror}") from error
-
-
-def find_checkpoint(name: str, output: Path) -> str:
-    """The checkpoint to resume from: the newest one of the run for `last`, else a directory."""
-    if name == "last":
-        found = checkpoints(output)
-        if not found:
-            raise UserError(f"there is no checkpoint to resume from in {str(output)!r}")
-        return str(found[-1])
-    if not (Path(name) / "trainer_state.json").is_file():
-        raise UserError(f"{name!r} is not a checkpoint directory")
-    return name
-
-
-def batch_size(config: ARDConfig) -> int:
-    """Sequences of one optimizer step on all processes."""
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-
-
-def load_blocks(config: ARDConfig, tokenizer: PreTrainedTokenizerBase) -> Blocks:
-    """The training sequences; at least one batch of them."""
-    needed = config.max_steps * batch_size(config)
-    blocks = training_blocks(config.train_files, tokenizer, config.sequence_length, needed)
-    if len(blocks) < batch_size(config):
-        raise UserError(
-            f"the training data are too short: {len(blocks)} sequences of {config.sequence_length} tokens, a step "
-            f"needs {batch_size(config)}"
-        )
-    return blocks
-
-
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path, dtype: torch.dtype) -> None:
     """Save model and tokenizer for plain transformers; the directory appears under its name only when complete."""
     disable_capture(model)
+    model.to(dtype)
+    restore_float32_rope(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target.parent))
     try:
         model.save_pretrained(staging)

@@ -6,17 +6,22 @@ A scaling is written `type:factor[,name=value...]`:
 * `ntk:4`: a larger base, theta * factor^(d / (d - 2)) (u/bloc97), recorded as a plain `rope_theta`;
 * `dynamic:4`: the same, growing at run time with the length; nothing changes inside the native context;
 * `yarn:4[,beta_fast=32,beta_slow=1]`: YaRN (Peng et al., arXiv 2309.00071);
-* `llama3:8[,low_freq_factor=1,high_freq_factor=4]`: the scaling of Llama 3.1.
+* `llama3:8[,low_freq_factor=1,high_freq_factor=4]`: the scaling of Llama 3.1;
+* `longrope:4,factors=FILE[,attention_factor=...]`: LongRoPE (Ding et al., arXiv 2402.13753); the JSON file holds the
+  lists `short_factor` and `long_factor` that divide each frequency inside and beyond the native context.
 
-`theta=...` replaces the base in any of them; everything lands in the configuration, so that plain transformers loads
-the saved model.
+`theta=...` replaces the base in any of them (`ntk:4,theta=2e7` is a raised base alone); everything lands in the
+configuration, so that plain transformers loads the saved model.
 """
 
 import copy
+import json
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +38,10 @@ _OPTIONS: dict[str, dict[str, float | None]] = {
     "dynamic": {},
     "yarn": {"beta_fast": None, "beta_slow": None, "attention_factor": None},
     "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "longrope": {"attention_factor": None},
 }
+# Types whose parameters name the context that they start from.
+_WITH_ORIGINAL_CONTEXT = ("yarn", "llama3", "longrope")
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class RopeScaling:
     kind: str
     factor: float
     theta: float | None = None
-    options: dict[str, float] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> "RopeScaling":
@@ -55,10 +63,13 @@ class RopeScaling:
         factor = _number(factor_text, f"the factor of the RoPE scaling {text!r}")
         if factor <= 1:
             raise UserError(f"the RoPE scaling {text!r} does not extend the context: its factor must be larger than 1")
-        options = {name: value for name, value in _OPTIONS[kind].items() if value is not None}
+        options: dict[str, Any] = {name: value for name, value in _OPTIONS[kind].items() if value is not None}
         theta = None
         for pair in pairs:
             name, _, value_text = pair.partition("=")
+            if kind == "longrope" and name == "factors":
+                options |= _longrope_factors(value_text)
+                continue
             value = _number(value_text, f"{name!r} of the RoPE scaling {text!r}")
             if name == "theta":
                 theta = value
@@ -67,6 +78,8 @@ class RopeScaling:
             else:
                 valid = ", ".join(["theta", *_OPTIONS[kind]])
                 raise UserError(f"unknown option {name!r} of the RoPE scaling {text!r}; valid: {valid}")
+        if kind == "longrope" and "long_factor" not in options:
+            raise UserError(f"the RoPE scaling {text!r} needs the factors of each frequency: {text},factors=FILE.json")
         return cls(kind, factor, theta, options)
 
     def parameters(self, native: dict[str, Any], context: int, rotary_dimension: int) -> dict[str, Any]:
@@ -86,10 +99,30 @@ class RopeScaling:
             if self.theta is None:
                 kept["rope_theta"] *= self.factor ** (rotary_dimension / (rotary_dimension - 2))
             return {**kept, "rope_type": "default"}
+        for name in ("short_factor", "long_factor"):
+            if len(self.options.get(name, [])) not in (0, rotary_dimension // 2):
+                raise UserError(
+                    f"longrope's {name} has {len(self.options[name])} numbers, the model rotates "
+                    f"{rotary_dimension // 2} pairs of dimensions"
+                )
         scaled = {**kept, "rope_type": self.kind, "factor": self.factor, **self.options}
-        if self.kind in ("yarn", "llama3"):
+        if self.kind in _WITH_ORIGINAL_CONTEXT:
             scaled["original_max_position_embeddings"] = context
         return scaled
+
+
+def _longrope_factors(file: str) -> dict[str, list[float]]:
+    try:
+        content = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read longrope's factors from {file!r}: {error}") from error
+    names = ("short_factor", "long_factor")
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(name), list) and all(isinstance(x, (int, float)) and x > 0 for x in content[name])
+        for name in names
+    ):
+        raise UserError(f"longrope's factors in {file!r} have to be two lists of positive numbers: {', '.join(names)}")
+    return {name: content[name] for name in names}
 
 
 def _number(text: str, what: str) -> float:
@@ -128,6 +161,13 @@ class RopeSwitch:
         finally:
             self._attach(native=False)
 
+    def scaled_modules(self) -> list[nn.Module]:
+        """The rotary modules with scaled frequencies, on the model's device."""
+        for site in self._sites:
+            current = getattr(site.parent, site.name)
+            site.scaled = _in_float32(site.scaled, _buffer(current).device)
+        return [site.scaled for site in self._sites]
+
     def _attach(self, native: bool) -> None:
         for site in self._sites:
             current = getattr(site.parent, site.name)
@@ -162,6 +202,37 @@ def scale_rope(model: nn.Module, scaling: RopeScaling) -> RopeSwitch:
             for parent, name, module in sites
         ]
     )
+
+
+def attention_factor(model: nn.Module) -> float:
+    """What the RoPE of `model` multiplies queries and keys by; other than 1 for YaRN and longrope."""
+    factors = [
+        float(value)
+        for _, _, module in _rotary_sites(transformers_model(model))
+        for name, value in vars(module).items()
+        if name.endswith("attention_scaling")
+    ]
+    return max(factors, default=1.0)
+
+
+def context_of(model: nn.Module) -> int:
+    """The longest sequence in tokens that the RoPE of `model` is made for, scaling included."""
+    return configured_context(transformers_model(model).config)
+
+
+def configured_context(config: PretrainedConfig) -> int:
+    """The same from a configuration."""
+    config = config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    grows = parameters.get("factor", 1.0) if parameters.get("rope_type") == "dynamic" else 1.0
+    context: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    return round(context * grows)
+
+
+def check_length(length: int, context: int, what: str) -> None:
+    """Raise UserError when sequences of `length` tokens do not fit into `context`; `what` names the setting."""
+    if length > context:
+        raise UserError(f"{what} of {length} tokens is longer than the model's range of {context}")
 
 
 def restore_float32_rope(model: nn.Module) -> None:

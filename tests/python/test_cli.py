@@ -18,9 +18,9 @@ from tiny_models import CONTEXT, make_tokenizer, random_ids, save_model, write_t
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from linearard.cli import main
-from linearard.config import ARDConfig
 from linearard.evaluation import damage_undone
 from linearard.models import BUNDLED_MODEL, load_model
+from linearard.training_config import ARDConfig
 
 SMALL = [
     "--sequence_length", "32", "--heldout_length", "32", "--heldout_windows", "4", "--last_word_number", "6",
@@ -44,15 +44,16 @@ def restore_arguments(model: Path | str, text: Path, output: Path, *more: str) -
 
 def test_restore_from_end_to_end(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "run"
-    assert main(restore_arguments(model, text, output, "--learning_rate", "5e-3", "--max_steps", "40")) == 0
+    assert main(restore_arguments(model, text, output, "--learning_rate", "1e-2", "--max_steps", "60")) == 0
     shown = capsys.readouterr()
     for word in ("teacher", "scaled", "restored", "undone", "last-word accuracy", "mean KL K/K", "peak memory"):
         assert word in " ".join(shown.out.split())
     assert "Traceback" not in shown.err
 
     metrics = json.loads((output / "metrics.json").read_text())
-    assert metrics["training"]["tokens"] == 40 * 4 * 32
-    assert len(metrics["training"]["log"]) == 40
+    assert metrics["tokens"] == metrics["stages"]["ard"]["tokens"] == 60 * 4 * 32
+    assert len(metrics["stages"]["ard"]["log"]) == 60
+    assert metrics["restored"] == metrics["stages"]["ard"]["evaluation"]
     before, after = metrics["scaled"]["relation_kl"], metrics["restored"]["relation_kl"]
     assert all(sum(after[name]) < 0.85 * sum(before[name]) for name in ("query", "key", "value"))
     perplexities = [metrics[name]["perplexity"] for name in ("teacher", "scaled", "restored")]
@@ -61,7 +62,7 @@ def test_restore_from_end_to_end(model: Path, text: Path, tmp_path: Path, capsys
     assert metrics["peak_memory_bytes"] > 2**20
     assert metrics["seconds"]["total"] > metrics["seconds"]["train"] > 0
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert list((output / "runs").rglob("events.out.tfevents.*"))
+    assert list((output / "ard" / "runs").rglob("events.out.tfevents.*"))
     assert not [path for path in output.iterdir() if path.name.startswith(".")]
 
     # Plain transformers loads it, in its new context, with the restored weights and the stock attention.
@@ -115,7 +116,7 @@ def test_a_full_output_directory_is_left_alone(
     mine.write_text("precious")
     assert_refused(restore_arguments(model, text, output), "is not empty", capsys)
     assert main(restore_arguments(model, text, output, "--max_steps", "2", "--overwrite", "true")) == 0
-    assert json.loads((output / "metrics.json").read_text())["training"]["steps"] == 2
+    assert json.loads((output / "metrics.json").read_text())["stages"]["ard"]["steps"] == 2
     assert mine.read_text() == "precious"
 
 
@@ -126,17 +127,17 @@ def test_resume_after_a_kill(model: Path, text: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-m", "linearard", *long], env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(output.glob("checkpoint-*")):
+    while not list((output / "ard").glob("checkpoint-*")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    reached = max(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))
+    reached = max(int(path.name.split("-")[1]) for path in (output / "ard").glob("checkpoint-*"))
     steps = str(reached + 3)
     resume = ["--max_steps", steps, "--resume_from_checkpoint", "last", "--save_strategy", "no", "--report_to", "none"]
     assert main(restore_arguments(model, text, output, *resume)) == 0
-    log = json.loads((output / "metrics.json").read_text())["training"]["log"]
+    log = json.loads((output / "metrics.json").read_text())["stages"]["ard"]["log"]
     assert [entry["step"] for entry in log] == list(range(1, reached + 4))
     assert (output / "model" / "model.safetensors").is_file()
 
@@ -206,7 +207,9 @@ def assert_refused(arguments: list[str], reason: str, capsys: pytest.CaptureFixt
         (["--train_files", "missing.txt"], "the data file 'missing.txt' does not exist"),
         (["--heldout_files", "missing.txt"], "the data file 'missing.txt' does not exist"),
         (["--last_word_file", "missing.jsonl"], "the data file 'missing.jsonl' does not exist"),
-        (["--sequence_length", "6000"], "the training data are too short"),
+        (["--sequence_length", "6000"], "ARD: a sequence_length of 6000 tokens is longer than the model's range of 64"),
+        (["--stages", "cpt", "--cpt.sequence_length", "257"], "CPT: a sequence_length of 257 tokens is longer than"),
+        (["--heldout_length", "300"], "heldout_length of 300 tokens is longer than the model's range of 256"),
         (["--per_device_train_batch_size", "4000"], "the training data are too short"),
         (["--layers", "7"], "no attention layer 7"),
         (["--trainable", "nothing"], "no module 'nothing'"),

@@ -9,14 +9,23 @@ import pytest
 import torch
 import yaml
 
-from linearard.config import ARDConfig, chosen_settings, make_config, recipes, save_config
 from linearard.errors import UserError
+from linearard.recipe import chosen_settings, make_recipe, recipes
+from linearard.training_config import ARDConfig
 
 
 @pytest.fixture(autouse=True)
 def _without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The `cuda` section of a recipe applies only where a test says so."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def make_config(arguments: list[str]) -> ARDConfig:
+    return make_recipe(arguments).run
+
+
+def run_settings(arguments: list[str], gpu: bool) -> dict[str, Any]:
+    return chosen_settings(arguments, gpu)[""]
 
 
 def write_recipe(directory: Path, content: dict[str, Any] | str) -> str:
@@ -42,16 +51,17 @@ def test_command_line_overrides_recipe_overrides_defaults(tmp_path: Path) -> Non
 def test_cuda_section_applies_on_a_gpu_only(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, {"max_steps": 7, "sequence_length": 32, "cuda": {"max_steps": 70}})
     chosen = ["--recipe", recipe]
-    assert chosen_settings(chosen, gpu=False) == {"max_steps": 7, "sequence_length": 32}
-    assert chosen_settings(chosen, gpu=True) == {"max_steps": 70, "sequence_length": 32}
-    assert chosen_settings([*chosen, "--max_steps", "3"], gpu=True)["max_steps"] == 3
-    assert chosen_settings([*chosen, "--use_cpu"], gpu=True)["max_steps"] == 7
+    assert run_settings(chosen, gpu=False) == {"max_steps": 7, "sequence_length": 32}
+    assert run_settings(chosen, gpu=True) == {"max_steps": 70, "sequence_length": 32}
+    assert run_settings([*chosen, "--max_steps", "3"], gpu=True)["max_steps"] == 3
+    assert run_settings([*chosen, "--use_cpu"], gpu=True)["max_steps"] == 7
 
 
 def test_saved_settings_are_a_recipe(tmp_path: Path) -> None:
     given = ["--max_steps", "3", "--relations", "key", "--lr_scheduler_type", "linear", "--bf16", "false"]
-    first = make_config(given)
-    save_config(first, tmp_path / "run.yaml")
+    recipe = make_recipe(given)
+    first = recipe.run
+    recipe.save(tmp_path / "run.yaml")
     second = make_config(["--recipe", str(tmp_path / "run.yaml")])
     assert second.to_dict() == first.to_dict()
     assert yaml.safe_load((tmp_path / "run.yaml").read_text()) == {
@@ -62,7 +72,7 @@ def test_saved_settings_are_a_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", recipes())
 def test_every_recipe_of_the_package_is_valid(name: str) -> None:
     on_cpu = make_config(["--recipe", name])
-    on_gpu = chosen_settings(["--recipe", name], gpu=True)
+    on_gpu = run_settings(["--recipe", name], gpu=True)
     assert on_cpu.max_steps > 0
     # The same checks; bfloat16 cannot be asked for without a GPU.
     ARDConfig(**{**on_gpu, "bf16": False})
@@ -70,7 +80,7 @@ def test_every_recipe_of_the_package_is_valid(name: str) -> None:
 
 def test_the_demo_aligns_all_self_relations() -> None:
     for gpu in (False, True):
-        relations = chosen_settings(["--recipe", "demo"], gpu)["relations"]
+        relations = run_settings(["--recipe", "demo"], gpu)["relations"]
         assert {"query", "key", "value"} <= {relation.split(":")[0] for relation in relations}
 
 

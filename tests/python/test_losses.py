@@ -157,3 +157,24 @@ def test_relations_with_weights() -> None:
 def test_bad_relations(items: list[str]) -> None:
     with pytest.raises(UserError, match="relation"):
         parse_relations(items)
+
+
+def test_layer_weights_and_temperature() -> None:
+    student, teacher = states(0, layers=3), states(1, layers=3)
+    values = ARDLoss({"key": 2.0}, temperature=2.0).by_layer(student, teacher)["key"]
+    loss, parts = ARDLoss({"key": 2.0}, temperature=2.0, layer_weights={0: 1.0, 1: 3.0, 2: 4.0})(student, teacher)
+    torch.testing.assert_close(loss, 2 * (values[0] + 3 * values[1] + 4 * values[2]) / 8)
+    torch.testing.assert_close(parts["key"], torch.stack(values).mean(), msg="parts are not weighted")
+    cooled = expected(student[1].key, teacher[1].key, (student[1].key, teacher[1].key), 8**-0.5 / 2, False)
+    torch.testing.assert_close(values[1].double(), cooled, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_factor_is_divided_out_of_queries_and_keys() -> None:
+    student, teacher = states(0), states(1)
+    factor = 1.3
+    # As YaRN leaves them: queries and keys larger by the factor, values as they are.
+    larger = {i: LayerStates(factor * s.query, factor * s.key, s.value, s.scale) for i, s in student.items()}
+    plain, _ = ARDLoss(ALL)(student, teacher)
+    divided, _ = ARDLoss(ALL, attention_factor=factor)(larger, teacher)
+    torch.testing.assert_close(divided, plain, rtol=1e-5, atol=1e-6)
+    assert abs(float(ARDLoss(ALL)(larger, teacher)[0].detach() - plain.detach())) > 1e-2

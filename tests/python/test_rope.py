@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,14 @@ from tiny_models import CONTEXT, make_llama, random_ids
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config
 
 from linearard.errors import UserError
-from linearard.rope import RopeScaling, restore_float32_rope, scale_rope
+from linearard.rope import (
+    RopeScaling,
+    attention_factor,
+    check_length,
+    context_of,
+    restore_float32_rope,
+    scale_rope,
+)
 
 SCALINGS = ["linear:4", "ntk:4", "yarn:4", "yarn:2,beta_fast=16", "llama3:8,low_freq_factor=2", "linear:2,theta=50000"]
 
@@ -129,7 +138,9 @@ def test_a_scaled_model_is_refused() -> None:
         ("linear", "must be a number"),
         ("linear:four", "must be a number"),
         ("linear:nan", "must be a number"),
-        ("longrope:4", "unknown RoPE scaling"),
+        ("longrope:4", "needs the factors of each frequency"),
+        ("longrope:4,factors=missing.json", "cannot read longrope's factors from 'missing.json'"),
+        ("proportional:4", "unknown RoPE scaling"),
         ("linear:4,beta=2", "unknown option 'beta'"),
         ("yarn:4,beta_fast=x", "must be a number"),
     ],
@@ -142,3 +153,50 @@ def test_bad_scalings(text: str, reason: str) -> None:
 def test_a_smaller_base_is_refused() -> None:
     with pytest.raises(UserError, match="theta 500 does not extend"):
         scale_rope(make_llama(), RopeScaling.parse("linear:2,theta=500"))
+
+
+def longrope(directory: Path, pairs: int = 4, **content: object) -> str:
+    file = directory / "factors.json"
+    lists = {"short_factor": [1.5] * pairs, "long_factor": [4.0] * pairs}
+    file.write_text(json.dumps({**lists, **content}))
+    return f"longrope:4,factors={file}"
+
+
+def test_longrope_from_a_file(tmp_path: Path) -> None:
+    model = make_llama()
+    native = logits(model)
+    switch = scale_rope(model, RopeScaling.parse(longrope(tmp_path)))
+    scaled = logits(model)
+    assert not torch.allclose(scaled, native, atol=1e-3)
+    with switch.native():
+        torch.testing.assert_close(logits(model), native, rtol=0, atol=0)
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(logits(loaded), scaled, rtol=0, atol=0)
+    assert loaded.config.max_position_embeddings == 4 * CONTEXT
+    assert attention_factor(model) > 1
+
+
+def test_bad_factors_of_longrope(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="two lists of positive numbers"):
+        RopeScaling.parse(longrope(tmp_path, long_factor=[4.0, "x", 1, 1]))
+    with pytest.raises(UserError, match="has 3 numbers, the model rotates 4 pairs"):
+        scale_rope(make_llama(), RopeScaling.parse(longrope(tmp_path, pairs=3)))
+
+
+@pytest.mark.parametrize(("text", "context"), [("linear:4", 256), ("dynamic:4", 256), ("yarn:2", 128), ("ntk:4", 256)])
+def test_the_range_of_a_scaled_model(text: str, context: int) -> None:
+    model = make_llama()
+    assert context_of(model) == CONTEXT
+    scale_rope(model, RopeScaling.parse(text))
+    assert context_of(model) == context
+    check_length(context, context_of(model), "a sequence")
+    with pytest.raises(UserError, match=f"a sequence of {context + 1} tokens is longer than the model's range"):
+        check_length(context + 1, context_of(model), "a sequence")
+
+
+def test_attention_factor() -> None:
+    for text, factor in (("linear:4", 1.0), ("yarn:4", 0.1 * math.log(4) + 1)):
+        model = make_llama()
+        scale_rope(model, RopeScaling.parse(text))
+        assert attention_factor(model) == pytest.approx(factor)

@@ -19,11 +19,13 @@ from tiny_models import make_llama, random_ids
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from linearard.capture import capture_states, enable_capture
-from linearard.config import ARDConfig
 from linearard.data import Blocks
 from linearard.errors import UserError
 from linearard.rope import RopeScaling, scale_rope
-from linearard.trainer import ARDTrainer, checkpoints, merged
+from linearard.stage_trainer import checkpoints
+from linearard.teacher import merged
+from linearard.trainer import ARDTrainer
+from linearard.training_config import ARDConfig
 
 WORKER = Path(__file__).with_name("training_worker.py")
 
@@ -65,12 +67,12 @@ def gradients(trainer: ARDTrainer, micro_batches: list[dict[str, torch.Tensor]])
     return {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], atol: float = 1e-7) -> None:
     assert first.keys() == second.keys()
     assert first
     for name, gradient in first.items():
         torch.testing.assert_close(
-            second[name], gradient, rtol=1e-4, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
+            second[name], gradient, rtol=1e-4, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
@@ -158,10 +160,11 @@ def test_packed_sequences_equal_separate_ones(tmp_path: Path) -> None:
     assert_same(separate, together)
 
 
-def test_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_checkpointing_changes_no_gradient(bf16: bool, tmp_path: Path) -> None:
     batch = [{"input_ids": random_ids(2, 24)}]
-    plain = gradients(make_trainer(tmp_path), batch)
-    saving = make_trainer(tmp_path, gradient_checkpointing=True)
+    plain = gradients(make_trainer(tmp_path, bf16=bf16), batch)
+    saving = make_trainer(tmp_path, gradient_checkpointing=True, bf16=bf16)
     saving.model.gradient_checkpointing_enable(saving.args.gradient_checkpointing_kwargs)
     assert_same(plain, gradients(saving, batch))
 
@@ -173,8 +176,11 @@ def test_bfloat16_weights_get_float32_masters(tmp_path: Path) -> None:
         assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
         trainer.train()
         assert all(entry["loss"] > 0 for entry in trainer.state.log_history if "loss" in entry)
-    rotary = merged(lora.model).model.rotary_emb
-    assert rotary.inv_freq.dtype == torch.float32
+    frozen = lora.model.get_base_model().model.layers[0].mlp.up_proj.weight.clone()
+    assert frozen.dtype == torch.bfloat16
+    plain = merged(lora.model)
+    assert {p.dtype for p in plain.parameters()} == {plain.model.rotary_emb.inv_freq.dtype} == {torch.float32}
+    torch.testing.assert_close(plain.model.layers[0].mlp.up_proj.weight, frozen.float(), rtol=0, atol=0)
 
 
 def test_merged_model_is_the_student(tmp_path: Path) -> None:
@@ -254,3 +260,24 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
     assert float(two.pop("loss")) == pytest.approx(float(one.pop("loss")), rel=1e-5)
     assert_same(one, two)
+
+
+def test_logits_are_compared_at_the_last_positions(tmp_path: Path) -> None:
+    ids = random_ids(2, 24)
+    mask = torch.ones_like(ids)
+    mask[1, 20:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    settings: dict[str, Any] = {"lora_rank": 0, "trainable": ["all"]}
+    plain = make_trainer(tmp_path, **settings)
+    both = make_trainer(tmp_path, logits_weight=3.0, logits_positions=8, **settings)
+    with torch.no_grad():
+        difference = both.compute_loss(both.model, dict(batch)) - plain.compute_loss(plain.model, dict(batch))
+        log_q, log_p = (
+            model(ids, attention_mask=mask).logits[:, -8:].log_softmax(-1)
+            for model in (both.model, both.teacher.frozen_copy)
+        )
+    rows = (log_p.exp() * (log_p - log_q)).sum(-1)[mask[:, -8:].bool()]
+    torch.testing.assert_close(difference, 3 * rows.mean(), rtol=1e-3, atol=1e-5)
+    trained = make_trainer(tmp_path / "run", logits_weight=1.0, gradient_accumulation_steps=2)
+    trained.train()
+    assert all(entry["logits_kl"] > 0 for entry in trained.state.log_history if "loss" in entry)

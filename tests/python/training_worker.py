@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from linearard.config import ARDConfig
-from linearard.trainer import ARDTrainer, checkpoints
+from linearard.stage_trainer import checkpoints
+from linearard.trainer import ARDTrainer
+from linearard.training_config import ARDConfig
 
 
 class PaddedRows(Dataset[dict[str, Tensor]]):

@@ -1,0 +1,200 @@
+"""What all training stages share: counting tokens, atomic checkpoints, mixed precision, watching for divergence."""
+
+import contextlib
+import inspect
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from linearard.capture import transformers_model
+from linearard.errors import UserError
+from linearard.precision import frozen_weights_in, inputs_cast_once
+from linearard.training_config import StageConfig
+
+
+class StageTrainer(Trainer):
+    """transformers' Trainer as every stage uses it.
+
+    Losses are sums over items (tokens) divided by the items of all micro-batches and processes of an optimizer step, so
+    that accumulation changes nothing. Checkpoints appear under their names only when complete, and never hold weights
+    that are not finite; a loss that is not finite stops the run with a UserError.
+
+    A stage overrides `compute_loss` and, where its items are not the real tokens of a batch, `item_count`.
+    """
+
+    args: StageConfig
+
+    def __init__(self, model: nn.Module, args: StageConfig, **kwargs: Any) -> None:
+        config = transformers_model(model).config
+        use_cache = config.use_cache
+        super().__init__(model=model, args=args, **kwargs)
+        config.use_cache = use_cache  # Trainer switches it off for training, and it would be saved that way
+        # The losses are divided by the items of all micro-batches already; Trainer must not divide them again.
+        self.model_accepts_loss_kwargs = True
+        self.watch = DivergenceWatch()
+        self.add_callback(self.watch)
+        self._forward_arguments = set(inspect.signature(transformers_model(model).forward).parameters)
+        self._parts: dict[str, Tensor] = {}
+        self._parts_since = 0
+        self._staging: Path | None = None
+
+    # --- one optimizer step --------------------------------------------------------------------------------------
+
+    def item_count(self, batch: Mapping[str, Any]) -> Tensor:
+        """The number of items of a micro-batch that its loss sums over, as a tensor on the batch's device."""
+        mask = batch.get("attention_mask")
+        return torch.tensor(batch["input_ids"].numel()) if mask is None else (mask != 0).sum()
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of one optimizer step and the number of their items on all processes."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not samples:
+            return samples, None
+        count = torch.stack([self.item_count(batch).cpu() for batch in samples]).sum().to(device)
+        return samples, self.accelerator.gather(count.reshape(1)).sum()
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        """Autocast for all of the loss: accelerate covers only the forward pass of the student."""
+        stack = super().compute_loss_context_manager()
+        stack.enter_context(self.accelerator.autocast())
+        return stack
+
+    def model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a batch the model's forward takes, without labels: the losses are computed outside of it."""
+        return {name: value for name, value in inputs.items() if name in self._forward_arguments and name != "labels"}
+
+    # --- training ------------------------------------------------------------------------------------------------
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """Modules whose frozen linear weights a mixed-precision run holds in its dtype."""
+        return [self.model]
+
+    def attention_modules(self) -> list[nn.Module]:
+        """Attention modules whose hidden states are cast once for all projections."""
+        return []
+
+    def train(self, *arguments: Any, **keywords: Any) -> Any:
+        """As in Trainer. Under mixed precision, casts that every step would repeat are made once."""
+        with contextlib.ExitStack() as stack:
+            if self.args.bf16:
+                for module in self.frozen_modules():
+                    stack.enter_context(frozen_weights_in(module, torch.bfloat16))
+                stack.enter_context(inputs_cast_once(self.attention_modules()))
+            result = super().train(*arguments, **keywords)
+        self._check_weights()
+        return result
+
+    # --- logging -------------------------------------------------------------------------------------------------
+
+    def remember(self, parts: Mapping[str, Tensor]) -> None:
+        """Add detached parts of the loss to those that the next log shows."""
+        if not self._parts:
+            self._parts_since = self.state.global_step
+        for name, part in parts.items():
+            self._parts[name] = self._parts[name] + part if name in self._parts else part
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, with the mean of each part of the loss since the last one beside the loss."""
+        if "loss" in logs and self._parts:
+            steps = max(1, self.state.global_step - self._parts_since)
+            names = sorted(self._parts)
+            values = self.accelerator.reduce(torch.stack([self._parts[name] for name in names]), "sum")
+            logs |= {name: value / steps for name, value in zip(names, values.tolist(), strict=True)}
+            self._parts = {}
+        super().log(logs, start_time)
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                self._stop_not_finite(f"{name} is {logs[name]}")
+
+    def _check_weights(self) -> None:
+        trained = [parameter.detach() for parameter in self.model.parameters() if parameter.requires_grad]
+        if not torch.stack([norm.float() for norm in torch._foreach_norm(trained)]).isfinite().all():
+            self._stop_not_finite("a trained weight is not finite")
+
+    def _stop_not_finite(self, what: str) -> None:
+        kept = checkpoints(super()._get_output_dir(None))
+        last = f"the last good checkpoint is {str(kept[-1])!r}" if kept else "there is no checkpoint to go back to"
+        raise UserError(
+            f"training diverged at step {self.state.global_step}: {what}; {last}; lower learning_rate or max_grad_norm"
+        )
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+    # Trainer writes a checkpoint file by file. Here it does so in a directory beside the others, which gets its name
+    # when it is complete: a process killed at any time leaves whole checkpoints only.
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging else str(super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # The loss may be logged less often than checkpoints are written, and one bad step follows its loss.
+        self._check_weights()
+        run_directory = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = run_directory / ".incomplete-checkpoint"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(run_directory / name, ignore_errors=True)
+            os.replace(staging / name, run_directory / name)
+            shutil.rmtree(staging, ignore_errors=True)
+            self._delete_old_checkpoints(run_directory)
+        self.accelerator.wait_for_everyone()
+
+    def _delete_old_checkpoints(self, run_directory: Path) -> None:
+        limit = self.args.save_total_limit
+        if limit is not None and limit > 0:
+            for checkpoint in checkpoints(run_directory)[:-limit]:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+class DivergenceWatch(TrainerCallback):
+    """Warns once when the smoothed loss has risen to `RISE` times its lowest value: long before it overflows."""
+
+    RISE = 1.5
+    SMOOTHING = 0.8
+
+    def __init__(self, warn: Callable[[str], None] = warnings.warn) -> None:
+        self.warn = warn
+        self._smoothed: float | None = None
+        self._lowest = math.inf
+        self._warned = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Take the newest loss into account."""
+        if not logs or "loss" not in logs:
+            return
+        before = logs["loss"] if self._smoothed is None else self._smoothed
+        self._smoothed = self.SMOOTHING * before + (1 - self.SMOOTHING) * logs["loss"]
+        self._lowest = min(self._lowest, self._smoothed)
+        if self._smoothed > self.RISE * self._lowest and not self._warned:
+            self._warned = True
+            self.warn(
+                f"the loss rises: {self._smoothed:.4g} around step {state.global_step}, it had been {self._lowest:.4g};"
+                " the learning rate may be too high"
+            )
+
+
+def checkpoints(run_directory: str | Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [
+        path for path in Path(run_directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()
+    ]
+    return sorted(found, key=lambda path: int(path.name.split("-")[-1]))

@@ -1,0 +1,188 @@
+"""Restorations of several stages: one command, one recipe, resumable anywhere, plain checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from test_cli import SMALL, assert_refused
+from tiny_models import CONTEXT, random_ids, save_model, write_text
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from linearard.cli import main
+from linearard.errors import UserError
+from linearard.recipe import make_recipe, split_arguments
+from linearard.restore import ProgressReport
+
+CPT = ["--cpt.sequence_length", "96", "--cpt.max_steps", "4", "--cpt.learning_rate=3e-3"]
+LONGRED = ["--longred.sequence_length", "96", "--longred.short_length", "16", "--longred.short_to_long_length", "48",
+           "--longred.max_steps", "2", "--longred.learning_rate", "1e-3"]  # fmt: skip
+
+
+def arguments(tmp_path: Path, output: Path, *more: str) -> list[str]:
+    model = tmp_path / "model"
+    if not model.exists():
+        save_model(model, initializer_range=0.1)
+        write_text(tmp_path, 40_000)
+    text = str(tmp_path / "text.jsonl")
+    return ["restore", "--model", str(model), "--train_files", text, "--output_dir", str(output), *SMALL,
+            "--report_to", "none", *more]  # fmt: skip
+
+
+def metrics(output: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((output / "metrics.json").read_text())
+    return content
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(directory).state_dict()
+
+
+def test_both_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "run"
+    assert main(arguments(tmp_path, output, "--rope", "yarn:4", "--stages", "ard", "cpt", *CPT)) == 0
+    assert "CPT" in capsys.readouterr().out
+    found = metrics(output)
+    assert list(found["stages"]) == ["ard", "cpt"]
+    assert found["stages"]["ard"]["tokens"] == 8 * 4 * 32
+    assert found["stages"]["cpt"]["tokens"] == 4 * 96
+    assert found["tokens"] == 8 * 4 * 32 + 4 * 96
+    assert found["restored"] == found["stages"]["cpt"]["evaluation"] != found["stages"]["ard"]["evaluation"]
+    assert set(found["restored"]["relation_kl"]) == {"query", "key", "value", "attention"}
+    restored = AutoModelForCausalLM.from_pretrained(output / "model")
+    assert restored.config.rope_parameters["rope_type"] == "yarn"
+    assert restored.config.max_position_embeddings == 4 * CONTEXT
+    between = weights(output / "ard" / "model")
+    assert not torch.equal(between["lm_head.weight"], restored.state_dict()["lm_head.weight"]), "CPT trains all"
+    with torch.no_grad():
+        assert restored(random_ids(1, 200)).logits.isfinite().all()
+    saved = yaml.safe_load((output / "run.yaml").read_text())
+    assert saved["cpt"] == {"sequence_length": 96, "max_steps": 4, "learning_rate": 3e-3}
+
+
+class Interrupt(TrainerCallback):
+    """Ends a run as Ctrl-C does, at a step of one stage."""
+
+    def __init__(self, stage: str, step: int) -> None:
+        self._stage, self._step = stage, step
+
+    def __call__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def on_step_end(report: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if Path(args.output_dir).name == self._stage and state.global_step == self._step:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(ProgressReport, "on_step_end", on_step_end)
+
+
+@pytest.mark.parametrize(
+    ("stage", "step"), [("ard", 6), ("cpt", 1), ("cpt", 3)], ids=["in ARD", "between the stages", "in CPT"]
+)
+def test_a_stopped_run_ends_with_the_same_weights(stage: str, step: int, tmp_path: Path) -> None:
+    saving = ["--stages", "ard", "cpt", *CPT, "--save_strategy", "steps", "--save_steps", "2"]
+    assert main(arguments(tmp_path, tmp_path / "whole", *saving)) == 0
+    stopped = arguments(tmp_path, tmp_path / "stopped", *saving)
+    with pytest.MonkeyPatch.context() as patch:
+        Interrupt(stage, step)(patch)
+        assert main(stopped) == 130
+    if stage == "cpt":  # what is finished is not needed any more
+        shutil.rmtree(tmp_path / "stopped" / "ard" / "checkpoint-8")
+    assert main([*stopped, "--resume_from_checkpoint", "last"]) == 0
+    first, second = metrics(tmp_path / "whole"), metrics(tmp_path / "stopped")
+    for name in ("ard", "cpt"):
+        losses = [[entry["loss"] for entry in found["stages"][name]["log"]] for found in (first, second)]
+        assert losses[0] == losses[1]
+    assert first["restored"] == second["restored"]
+    expected, found = (weights(tmp_path / name / "model") for name in ("whole", "stopped"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_finished_run_has_nothing_to_resume(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert main(arguments(tmp_path, output)) == 0
+    before = metrics(output)
+    assert main(arguments(tmp_path, output, "--resume_from_checkpoint", "last")) == 0
+    assert metrics(output)["stages"] == before["stages"]
+
+
+@pytest.mark.parametrize(
+    ("stages", "more"),
+    [(["cpt"], CPT), (["longred"], LONGRED), (["none"], [])],
+    ids=["CPT alone", "LongReD", "scaling alone"],
+)
+def test_baselines_by_the_same_command(stages: list[str], more: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert main(arguments(tmp_path, output, "--stages", *stages, *more)) == 0
+    found = metrics(output)
+    assert list(found["stages"]) == [name for name in stages if name != "none"]
+    assert found["teacher"]["perplexity"] != found["scaled"]["perplexity"]
+    assert (found["restored"] == found["scaled"]) == (stages == ["none"])
+    restored = AutoModelForCausalLM.from_pretrained(output / "model")
+    assert restored.config.rope_parameters["factor"] == 4
+    if stages == ["longred"]:
+        assert found["tokens"] == 2 * (8 * 96 + 2 * 48 + 6 * 16)
+
+
+def test_settings_of_sections(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        yaml.safe_dump(
+            {"stages": ["ard", "cpt"], "max_steps": 5, "seed": 3, "cpt": {"max_steps": 7, "learning_rate": 1e-5}}
+        )
+    )
+    made = make_recipe(["--recipe", str(recipe), "--cpt.learning_rate", "2e-5", "--limit_steps", "6", "--use_cpu"])
+    cpt = made.stage("cpt")
+    assert (made.run.max_steps, cpt.max_steps, cpt.learning_rate) == (5, 6, 2e-5)
+    assert cpt.seed == 3, "taken over from the run"
+    assert cpt.use_cpu
+    assert (cpt.sequence_length, cpt.trainable) == (16384, ["all"]), "its own defaults"
+    assert Path(str(cpt.output_dir)).name == "cpt"
+    assert split_arguments(["--a", "1", "--cpt.b", "2", "3", "--c.d", "--longred.e=4"]) == {
+        "": ["--a", "1", "--c.d"], "cpt": ["--b", "2", "3"], "longred": ["--e=4"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (["--stages", "cpt", "ard"], "stages 'cpt ard' are none of"),
+        (["--cpt.no_such_option", "1"], "unrecognized arguments: --no_such_option"),
+        (["--cpt.max_steps", "0"], "max_steps must be at least 1"),
+        (["--temperature", "0"], "temperature must be larger than 0"),
+        (["--gradients", "none"], "unknown gradients 'none'"),
+        (["--gradients", "local", "--logits_weight", "1"], "logits need a pass through the whole student"),
+        (["--layers", "0", "1", "--layer_weights", "1"], "1 layer_weights for 2 layers"),
+        (["--layer_weights", "1", "0"], "layer_weights must be larger than 0"),
+        (["--architecture", "{"], "architecture is not JSON"),
+    ],
+)
+def test_bad_options(given: list[str], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        make_recipe(given)
+
+
+def test_unknown_key_of_a_section(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"cpt": {"learnin_rate": 1}}))
+    with pytest.raises(UserError, match=r"unknown key 'learnin_rate' .* did you mean 'learning_rate'"):
+        make_recipe(["--recipe", str(recipe)])
+
+
+def test_texts_that_are_too_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = arguments(tmp_path, tmp_path / "run", "--stages", "cpt", "--cpt.sequence_length", "200")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "too short"}) + "\n")
+    assert_refused(given, "the training data are too short: not one block of 200 tokens", capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_divergence_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = arguments(
+        tmp_path, tmp_path / "run", "--stages", "cpt", *CPT, "--cpt.learning_rate", "1e30", "--cpt.warmup_steps", "0",
+        "--cpt.max_grad_norm", "0", "--save_strategy", "steps", "--save_steps", "1",
+    )  # fmt: skip
+    assert_refused(given, "training diverged at step", capsys)
+    assert not (tmp_path / "run" / "model").exists()
