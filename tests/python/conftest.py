@@ -16,7 +16,19 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 # The training method needs the extra "train"; the operators are tested without it, on a GPU machine for instance.
-TRAINING = ("capture", "cli", "config", "data", "evaluation", "example", "losses", "rope", "trainer")
+TRAINING = (
+    "capture",
+    "cli",
+    "config",
+    "data",
+    "evaluation",
+    "example",
+    "harness",
+    "losses",
+    "rope",
+    "suite",
+    "trainer",
+)
 missing = [name for name in ("transformers", "peft") if importlib.util.find_spec(name) is None]
 collect_ignore = [f"test_{name}.py" for name in TRAINING] if missing else []
 

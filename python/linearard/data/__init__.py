@@ -61,7 +61,7 @@ def read_texts(files: Sequence[str | Path]) -> Iterator[str]:
 
 
 def read_json_lines(file: str | Path) -> list[dict[str, Any]]:
-    """The objects of a `.jsonl` file, also gzipped; line n is item n - 1. A malformed line is a UserError with its number."""
+    """The objects of a `.jsonl` file, also gzipped: line n is item n - 1. UserError with the number of a bad line."""
     with _open(Path(file)) as stream:
         return list(_rows(Path(file), stream))
 

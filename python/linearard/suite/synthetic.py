@@ -200,8 +200,8 @@ def _common_words(numbers: random.Random, depth: float) -> Draft:
     common, others = words[:_COMMON_WORDS], words[_COMMON_WORDS:]
     order = numbers.random()
     instruction = (
-        "Below is a numbered list of words. Some words appear in it more often than others. Memorize the ones that appear "
-        "most often.\n"
+        "Below is a numbered list of words. Some appear more often than others. Memorize those that appear most "
+        "often.\n"
     )
 
     @cache
@@ -213,9 +213,9 @@ def _common_words(numbers: random.Random, depth: float) -> Draft:
         random.Random(order).shuffle(listed)
         context = " ".join(f"{number}. {word}" for number, word in enumerate(listed, start=1))
         return (
-            f"{instruction}1. apple 2. river 3. apple 4. cloud 5. apple 6. stone\nQuestion: which word is the most common "
-            f"in the list? Answer: apple\n\n{instruction}{context}\nQuestion: which {_COMMON_WORDS} words are the most "
-            "common in the list? Answer:"
+            f"{instruction}1. apple 2. river 3. apple 4. cloud 5. apple 6. stone\nQuestion: which word is the most "
+            f"common in the list? Answer: apple\n\n{instruction}{context}\nQuestion: which {_COMMON_WORDS} words are "
+            "the most common in the list? Answer:"
         )
 
     return Draft(text, tuple(common))
