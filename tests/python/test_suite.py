@@ -183,7 +183,7 @@ def test_task_files_are_found(tmp_path: Path) -> None:
     assert find_files("passkey") is None
     assert find_files(str(file)) == [(file, None)]
     assert find_files(f"boolq={file}") == [(file, "boolq")]
-    with pytest.raises(UserError, match="no .jsonl files"):
+    with pytest.raises(UserError, match=r"has no \.jsonl files"):
         find_files(str(tmp_path))
     with pytest.raises(UserError, match=r"unknown task template 'x' .* known: arc_easy, boolq"):
         find_files(f"x={file}")

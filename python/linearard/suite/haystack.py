@@ -12,17 +12,26 @@ _COMMON_PLACE = 200  # the most frequent words are grammar, which every text and
 
 
 class Prose:
-    """Sentences of the corpus from a place on that a number in [0, 1) picks; they go round at the end."""
+    """Words of the corpus from a sentence on that a number in [0, 1) picks; they go round at the end."""
 
     def __init__(self, place: float) -> None:
-        sentences = _sentences()
-        start = int(place * len(sentences))
-        self._start, self._sentences = start, sentences
+        words = _words()
+        start = int(place * len(words))
+        while not _ends_sentence(words[start - 1]):
+            start -= 1
+        self._start, self._words = start, words
 
     def with_inserts(self, size: int, inserts: Sequence[tuple[float, str]]) -> str:
-        """`size` sentences with the inserts between them; see `spread`."""
-        count = len(self._sentences)
-        return spread([self._sentences[(self._start + index) % count] for index in range(size)], inserts, " ")
+        """`size` words with the inserts (place in percent, text) between them, each at the end of a sentence."""
+        count = len(self._words)
+        words = [self._words[(self._start + index) % count] for index in range(size)]
+        moved = []
+        for place, insert in inserts:
+            index = round(size * place / 100)
+            while 0 < index < size and not _ends_sentence(words[index - 1]):
+                index += 1
+            moved.append((100 * index / max(size, 1), insert))
+        return spread(words, moved, " ")
 
 
 def spread(units: Sequence[str], inserts: Sequence[tuple[float, str]], separator: str) -> str:
@@ -54,7 +63,10 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
+def _ends_sentence(word: str) -> bool:
+    return word.endswith((".", "!", "?"))
+
+
 @cache
-def _sentences() -> tuple[str, ...]:
-    text = " ".join(" ".join(read_texts([HELD_OUT_CORPUS, TRAINING_CORPUS])).split())
-    return tuple(re.split(r"(?<=[.!?]) (?=[A-Z])", text))
+def _words() -> tuple[str, ...]:
+    return tuple(" ".join(read_texts([HELD_OUT_CORPUS, TRAINING_CORPUS])).split())
