@@ -162,7 +162,7 @@ def _share_text(estimate: Estimate | None) -> str:
 
 def _figure_json(figure: Figure) -> dict[str, Any]:
     content = {name: value for name, value in asdict(figure).items() if value not in (None, "")}
-    return {**content, "values": [round(value, 6) for value in figure.values], **_estimate_json(figure.estimate)}
+    return {**content, "values": list(figure.values), **_estimate_json(figure.estimate)}
 
 
 def _row_json(row: Row, results: Results) -> dict[str, Any]:
