@@ -7,9 +7,12 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from linearard.errors import UserError
+
+if TYPE_CHECKING:
+    from linearard.suite.config import SuiteConfig
 
 HELP = """usage: linearard COMMAND [options]
 
@@ -98,17 +101,21 @@ def restore_command(arguments: list[str]) -> None:
 
 
 def evaluate_command(arguments: list[str]) -> None:
-    """`linearard evaluate`: see linearard.evaluation."""
-    from linearard.config import EvaluateConfig, OptionParser
+    """`linearard evaluate`: see linearard.evaluation; with --tasks or --long_files, linearard.suite."""
+    from linearard.config import OptionParser
+    from linearard.suite.config import SuiteConfig
 
     parser = OptionParser(
-        EvaluateConfig,
+        SuiteConfig,
         prog="linearard evaluate",
         usage="linearard evaluate [options]",
-        description=EvaluateConfig.__doc__,
+        description=SuiteConfig.__doc__,
     )
-    config = EvaluateConfig(**parser.given(arguments))
+    config = SuiteConfig(**parser.given(arguments))
     _quiet_libraries()
+    if config.wants_report:
+        _evaluate_suite(config)
+        return
 
     from linearard.display import Display
     from linearard.evaluate import evaluate
@@ -119,6 +126,24 @@ def evaluate_command(arguments: list[str]) -> None:
     if config.output:
         write_evaluation(evaluation, config, Path(config.output))
     display.console.print(evaluation_table(config.model, evaluation))
+
+
+def _evaluate_suite(config: "SuiteConfig") -> None:
+    from rich.markdown import Markdown
+
+    from linearard.display import Display
+    from linearard.evaluate import choose_device
+    from linearard.suite.picture import write_evaluation_picture
+    from linearard.suite.report import markdown, write_report
+    from linearard.suite.run import evaluate_suite
+
+    display = Display()
+    output = Path(config.output_dir)
+    results = evaluate_suite(config, display)
+    write_report(results, config, choose_device(config.device), output)
+    picture = write_evaluation_picture(results, output / "evaluation.png")
+    display.console.print(Markdown(markdown(results)))
+    display.say(f"Report: {output / 'evaluation.md'}, evaluation.json{', evaluation.png' if picture else ''}")
 
 
 def info_command(arguments: list[str]) -> None:

@@ -21,7 +21,7 @@ from linearard.models import check_tokenizer, load_model, load_tokenizer
 
 def evaluate(config: EvaluateConfig, display: Display) -> Evaluation:
     """The measurements of `config.model`; raises UserError for models, files or devices that cannot be used."""
-    device = _device(config.device)
+    device = choose_device(config.device)
     if config.output and not Path(config.output).absolute().parent.is_dir():
         raise UserError(f"the directory of the output file {config.output!r} does not exist")
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
@@ -40,7 +40,8 @@ def evaluate(config: EvaluateConfig, display: Display) -> Evaluation:
         return evaluate_model(model, tokenizer, data, teacher, bar.advance)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The torch device of a name, or of `auto`; raises UserError where it cannot be used."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(0, device=device)

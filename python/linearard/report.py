@@ -105,7 +105,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Write a JSON file; it appears under its name only when complete."""
-    with _atomically(path) as temporary:
+    with atomically(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -133,7 +133,7 @@ def write_picture(result: Restoration, config: ARDConfig, path: Path) -> bool:
         undone = f", {_share(result.undone)} of the damage undone" if result.undone is not None else ""
         figure.suptitle(f"{config.model}, RoPE {config.scaling}{undone}", fontsize=13)
         figure.tight_layout()
-        with _atomically(path) as temporary:
+        with atomically(path) as temporary:
             figure.savefig(temporary, dpi=130, format="png")
         pyplot.close(figure)
     return True
@@ -194,7 +194,7 @@ def _draw_layers(axes: Any, result: Restoration) -> None:
     axes.legend(frameon=False, fontsize=9, ncols=2)
 
 
-class _atomically:
+class atomically:
     """The name of a temporary file beside `path` that takes its place when the body has succeeded."""
 
     def __init__(self, path: Path) -> None:

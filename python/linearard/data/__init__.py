@@ -60,6 +60,12 @@ def read_texts(files: Sequence[str | Path]) -> Iterator[str]:
                 yield row["text"]
 
 
+def read_json_lines(file: str | Path) -> list[dict[str, Any]]:
+    """The objects of a `.jsonl` file, also gzipped: line n is item n - 1. UserError with the number of a bad line."""
+    with _open(Path(file)) as stream:
+        return list(_rows(Path(file), stream))
+
+
 def make_blocks(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, *, blocks_per_text: int | None = None
 ) -> Tensor:

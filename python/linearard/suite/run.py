@@ -1,0 +1,140 @@
+"""`linearard evaluate` with tasks: every model in turn, every measurement, one report."""
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from linearard.display import Display
+from linearard.errors import UserError
+from linearard.evaluate import choose_device
+from linearard.suite.config import SuiteConfig
+from linearard.suite.figures import Figure
+from linearard.suite.long_text import document_windows, perplexity_figures
+from linearard.suite.retrieval import grid, retrieval_figure
+from linearard.suite.sources import Source, check_context, figures_of_report
+from linearard.suite.synthetic import RULER, SYNTHETIC_TASKS
+from linearard.suite.task_files import LocalTask, find_files, load_tasks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What --tasks asks for, by kind."""
+
+    local: list[LocalTask]
+    synthetic: list[str]
+    standard: list[str]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The figures of every model by label, and which labels the teacher and the scaled model have."""
+
+    figures: dict[str, list[Figure]]
+    models: dict[str, str]
+    teacher: str | None = None
+    scaled: str | None = None
+
+
+def evaluate_suite(config: SuiteConfig, display: Display) -> Results:
+    """Measure every model of `config`; raises UserError, where it can before any work, for what cannot be used."""
+    sources = _sources(config)
+    plan = make_plan(config)
+    device = choose_device(config.device)
+    loaded = {label: figures_of_report(source, config.examples()) for label, source in sources.items() if source.report}
+    figures: dict[str, list[Figure]] = {}
+    for label, source in sources.items():
+        figures[label] = loaded[label] if label in loaded else _measure(source, plan, config, display, device)
+    return Results(
+        figures,
+        {label: source.text for label, source in sources.items()},
+        teacher=next((label for label, source in sources.items() if source.role == "teacher"), None),
+        scaled=next((label for label, source in sources.items() if source.role == "scaled"), None),
+    )
+
+
+def make_plan(config: SuiteConfig) -> Plan:
+    """Sort --tasks by kind, read the files among them, and look the names up."""
+    files: list[tuple[Path, str | None]] = []
+    names: dict[str, None] = {}
+    for item in config.tasks:
+        found = find_files(item)
+        if found is not None:
+            files += found
+        else:
+            names.update(dict.fromkeys(RULER if item == "ruler" else [item]))
+    local = load_tasks(files, config.task_limit)
+    standard = [name for name in names if name not in SYNTHETIC_TASKS]
+    if local or standard:
+        _require_harness(standard)
+    if standard:
+        from linearard.suite.harness import check_standard_tasks
+
+        check_standard_tasks(standard, [*SYNTHETIC_TASKS, "ruler"])
+    return Plan(local, [name for name in names if name in SYNTHETIC_TASKS], standard)
+
+
+def _sources(config: SuiteConfig) -> dict[str, Source]:
+    sources = []
+    if config.teacher:
+        sources.append(Source.parse(config.teacher, "teacher", role="teacher"))
+    if config.scaled:
+        sources.append(Source.parse(config.scaled, "scaled", role="scaled"))
+    sources.append(Source.parse(config.model, "model"))
+    sources += [Source.parse(text) for text in config.compare]
+    by_label: dict[str, Source] = {}
+    for source in sources:
+        if source.label in by_label:
+            raise UserError(f"two models are called {source.label!r}: write LABEL=MODEL")
+        by_label[source.label] = source
+    return by_label
+
+
+def _measure(source: Source, plan: Plan, config: SuiteConfig, display: Display, device: torch.device) -> list[Figure]:
+    """All figures of one model."""
+    display.say(f"Loading {source.text}")
+    model, tokenizer = source.load(config, device)
+    contexts = [*(config.lengths if plan.synthetic else []), *(config.long_lengths if config.long_files else [])]
+    if contexts and not config.beyond_range:
+        check_context(source.label, model.config, max(contexts))
+    parts = len(plan.local) + len(plan.standard) + len(grid(config, plan.synthetic))
+    parts += len(config.long_lengths) if config.long_files else 0
+    figures: list[Figure] = []
+    with display.progress(source.label, parts) as bar:
+        for found in _parts(model, tokenizer, plan, config):
+            figures += found
+            bar.note(found[0].name)
+            bar.advance(1)
+    return figures
+
+
+def _parts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, config: SuiteConfig
+) -> Iterator[list[Figure]]:
+    """The figures of one part of the work after the other."""
+    if config.long_files:
+        for length in config.long_lengths:
+            windows = document_windows(config.long_files, tokenizer, length, config.long_windows)
+            yield perplexity_figures(model, windows, config.bucket)
+    if plan.local or plan.standard:
+        from linearard.suite.harness import HarnessModel, local_figures, standard_figures
+
+        harness = HarnessModel(model, tokenizer, config.evaluation_batch)
+        for task in plan.local:
+            yield local_figures(harness, task)
+        for name in plan.standard:
+            yield standard_figures(harness, name, config.task_limit)
+    for cell in grid(config, plan.synthetic):
+        yield [retrieval_figure(model, tokenizer, config, cell)]
+
+
+def _require_harness(unknown: list[str]) -> None:
+    """Raise UserError where lm-eval is missing."""
+    if importlib.util.find_spec("lm_eval") is None:
+        asked = f"{', '.join(unknown)} is none of {', '.join(SYNTHETIC_TASKS)}, ruler; " if unknown else ""
+        raise UserError(
+            f"{asked}short-text tasks need lm-evaluation-harness, which is not installed: pip install 'linearard[eval]'"
+        )
