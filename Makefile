@@ -40,7 +40,8 @@ INSTALL_PACKAGE := $(PIP_INSTALL) --no-build-isolation --config-settings build-d
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-cpp test-python test-gpu lint format fuzz bench sanitize cuda clean
+.PHONY: help build demo test test-cpp test-python test-gpu cpp-trainer wheel-test docs lint format fuzz bench sanitize \
+        cuda clean
 
 help: ## Explain the targets
 	@echo "linearard: make <target>"
@@ -59,8 +60,21 @@ test-cpp: $(DEVELOPMENT) .googletest
 	$(BIN)/cmake --build $(BUILD)
 	$(BIN)/ctest --test-dir $(BUILD) --parallel $(JOBS) --output-on-failure --no-tests=error
 
-test-python: $(DEVELOPMENT)
+test-python: $(DEVELOPMENT) cpp-trainer
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+cpp-trainer: $(BUILT) .nlohmann-json ## Build examples/cpp_trainer against the installed package
+	$(BIN)/cmake -S examples/cpp_trainer -B build/cpp_trainer -G Ninja \
+	  -D CMAKE_PREFIX_PATH="$$($(BIN)/python -m linearard --cmake-prefix-path)"
+	$(BIN)/cmake --build build/cpp_trainer
+
+wheel-test: $(DEVELOPMENT) ## Build the source distribution, from it the wheel, and try that in a fresh environment
+	$(BIN)/python tests/wheel/run.py
+
+docs: $(DEVELOPMENT) .doxygen ## Build the documentation with the API reference: build/docs/html/index.html
+	@mkdir -p build/docs
+	doxygen docs/Doxyfile
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -d build/docs/doctrees docs build/docs/html
 
 # A PYTHON that somebody names has torch and pytest already: nothing is installed, and no network is needed.
 ifeq ($(origin PYTHON),file)
@@ -129,17 +143,23 @@ $(DEVELOPMENT): pyproject.toml constraints.txt | $(BUILT)
 	$(INSTALL_PACKAGE) --editable '.[train,plot,dev]'
 	@touch $@ $(BUILT)
 
-# GoogleTest and Google Benchmark are not on PyPI. Root installs the system's packages; CMake tells everybody else.
+# Not on PyPI. Root installs the system's packages; CMake tells everybody else.
 define install_system_package
-	@echo '#include <$(1)>' | $${CXX:-c++} -E -x c++ - >/dev/null 2>&1 || \
+	@$(1) >/dev/null 2>&1 || \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    echo "Installing $(2) with apt-get"; \
 	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $(2) >/dev/null; \
 	  fi
 endef
 
-.PHONY: .googletest .googlebenchmark
+has_header = echo '\#include <$(1)>' | $${CXX:-c++} -E -x c++ -
+
+.PHONY: .googletest .googlebenchmark .nlohmann-json .doxygen
 .googletest:
-	$(call install_system_package,gtest/gtest.h,libgtest-dev)
+	$(call install_system_package,$(call has_header,gtest/gtest.h),libgtest-dev)
 .googlebenchmark:
-	$(call install_system_package,benchmark/benchmark.h,libbenchmark-dev)
+	$(call install_system_package,$(call has_header,benchmark/benchmark.h),libbenchmark-dev)
+.nlohmann-json:
+	$(call install_system_package,$(call has_header,nlohmann/json.hpp),nlohmann-json3-dev)
+.doxygen:
+	$(call install_system_package,command -v doxygen,doxygen)

@@ -6,11 +6,12 @@
 # Both can be used side by side: the target names differ.
 #
 # Where it looks: LibTorch_ROOT, Torch_ROOT, Torch_DIR, CMAKE_PREFIX_PATH (torch's root, or the value of
-# torch.utils.cmake_prefix_path), and last the torch that the Python interpreter finds (Python_EXECUTABLE).
+# torch.utils.cmake_prefix_path), LibTorch_HINTS (set by an installed linearard: the torch beside it), and last the torch
+# that the Python interpreter finds (Python_EXECUTABLE).
 #
 # Sets LibTorch_FOUND, LibTorch_VERSION, LibTorch_ROOT_DIR, LibTorch_LIBRARY_DIR and these imported targets:
 #   LibTorch::LibTorch  headers, libtorch, libtorch_cpu, libc10
-#   LibTorch::OpenMP    the OpenMP runtime that torch uses; what at::parallel_for needs to run in parallel
+#   LibTorch::OpenMP    component OpenMP: the OpenMP runtime that torch uses, which at::parallel_for needs to be parallel
 #   LibTorch::Python    libtorch_python, where it exists: for Python extension modules
 
 set(_libtorch_candidates "")
@@ -28,6 +29,8 @@ endif()
 foreach(_libtorch_prefix IN LISTS CMAKE_PREFIX_PATH)
   list(APPEND _libtorch_candidates "${_libtorch_prefix}" "${_libtorch_prefix}/../..")
 endforeach()
+
+list(APPEND _libtorch_candidates ${LibTorch_HINTS})
 
 # Not cached, so that another interpreter or prefix takes effect at the next configuration.
 set(LibTorch_ROOT_DIR "")
@@ -82,7 +85,15 @@ if(LibTorch_FOUND AND NOT TARGET LibTorch::LibTorch)
     INTERFACE_LINK_LIBRARIES
       "-Wl,--push-state,--no-as-needed,${LibTorch_LIBRARY_DIR}/libtorch.so,--pop-state;${LibTorch_LIBRARY_DIR}/libtorch_cpu.so;${LibTorch_LIBRARY_DIR}/libc10.so")
 
-  # A second OpenMP runtime in the process would have its own thread pool: link the one that torch ships, when it does.
+  if(EXISTS "${LibTorch_LIBRARY_DIR}/libtorch_python.so")
+    add_library(LibTorch::Python INTERFACE IMPORTED)
+    set_target_properties(LibTorch::Python PROPERTIES
+      INTERFACE_LINK_LIBRARIES "LibTorch::LibTorch;${LibTorch_LIBRARY_DIR}/libtorch_python.so")
+  endif()
+endif()
+
+# A second OpenMP runtime in the process would have its own thread pool: link the one that torch ships, when it does.
+if(LibTorch_FOUND AND "OpenMP" IN_LIST LibTorch_FIND_COMPONENTS AND NOT TARGET LibTorch::OpenMP)
   add_library(LibTorch::OpenMP INTERFACE IMPORTED)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND EXISTS "${LibTorch_LIBRARY_DIR}/libgomp.so.1")
     set_target_properties(LibTorch::OpenMP PROPERTIES
@@ -91,11 +102,5 @@ if(LibTorch_FOUND AND NOT TARGET LibTorch::LibTorch)
   else()
     find_package(OpenMP REQUIRED COMPONENTS CXX)
     set_target_properties(LibTorch::OpenMP PROPERTIES INTERFACE_LINK_LIBRARIES OpenMP::OpenMP_CXX)
-  endif()
-
-  if(EXISTS "${LibTorch_LIBRARY_DIR}/libtorch_python.so")
-    add_library(LibTorch::Python INTERFACE IMPORTED)
-    set_target_properties(LibTorch::Python PROPERTIES
-      INTERFACE_LINK_LIBRARIES "LibTorch::LibTorch;${LibTorch_LIBRARY_DIR}/libtorch_python.so")
   endif()
 endif()

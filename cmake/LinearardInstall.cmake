@@ -13,6 +13,14 @@ install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/linearard" "${PROJECT_BINARY_DI
         FILES_MATCHING PATTERN "*.h")
 install(EXPORT linearardTargets NAMESPACE linearard:: DESTINATION "${linearard_cmake_dir}" COMPONENT library)
 
+# Where the package looks for torch unless it is told: beside the Python package, or where this build found it.
+if(SKBUILD)
+  set(LINEARARD_TORCH_HINT "\${PACKAGE_PREFIX_DIR}/torch")
+else()
+  set(LINEARARD_TORCH_HINT "${LibTorch_ROOT_DIR}")
+endif()
+set(LINEARARD_LIBRARY_NAME "${CMAKE_SHARED_LIBRARY_PREFIX}linearard${CMAKE_SHARED_LIBRARY_SUFFIX}")
+string(REGEX MATCH "^[0-9]+\\.[0-9]+" LINEARARD_TORCH_MINOR "${LibTorch_VERSION}")
 configure_package_config_file("${PROJECT_SOURCE_DIR}/cmake/linearardConfig.cmake.in"
   "${PROJECT_BINARY_DIR}/linearardConfig.cmake" INSTALL_DESTINATION "${linearard_cmake_dir}")
 write_basic_package_version_file("${PROJECT_BINARY_DIR}/linearardConfigVersion.cmake"

@@ -8,21 +8,21 @@ from types import ModuleType
 import torch
 
 
-def _release(version: str) -> str:
-    """Strip the build: 2.11.0+cu130 -> 2.11.0. The C++ interface depends on the release, not on the CUDA variant."""
-    return version.split("+", 1)[0]
+def _minor(version: str) -> str:
+    """The minor version: 2.11.0+cu130 -> 2.11. The C++ interface changes with it, as the wheel's metadata says."""
+    return ".".join(version.split(".")[:2])
 
 
 def check_torch_version(built_against: str, running: str) -> None:
-    """Raise ImportError when the library was built against another release of torch than the running one.
+    """Raise ImportError when the library was built against another minor version of torch than the running one.
 
-    The C++ interface of torch changes between releases: loading a library across them fails with an undefined symbol,
+    The C++ interface of torch changes between them: loading a library across them fails with an undefined symbol,
     or worse, does not fail.
     """
-    if _release(built_against) != _release(running):
+    if _minor(built_against) != _minor(running):
         raise ImportError(
             f"linearard was built against torch {built_against}, but torch {running} is running: rebuild linearard for "
-            f"it or install torch=={_release(built_against)}"
+            f"it or install torch=={_minor(built_against)}.*"
         )
 
 
@@ -37,7 +37,11 @@ def load() -> ModuleType:
     check_torch_version(built_against, torch.__version__)
     if importlib.util.find_spec("linearard._C") is None:
         raise ImportError("linearard._C is missing or was built for another version of Python: reinstall linearard")
-    return importlib.import_module("linearard._C")
+    try:
+        return importlib.import_module("linearard._C")
+    except ImportError as error:  # the library that _C is linked with is missing, or is not the one it was made for
+        reason = " ".join(str(error).splitlines()[:1])
+        raise ImportError(f"linearard's compiled library cannot be loaded, reinstall linearard: {reason}") from error
 
 
 def cmake_prefix_path() -> str:

@@ -1,4 +1,4 @@
-"""The command `linearard`: restore, evaluate, info."""
+"""The command `linearard`: restore, evaluate, tokenize, info."""
 
 import logging
 import os
@@ -21,9 +21,12 @@ Undo the damage that RoPE scaling does to a language model.
 commands:
   restore     scale a model's RoPE, measure the damage, undo it by training in stages, save the restored model
   evaluate    measure a model, and how far its attention relations are from a teacher's
+  tokenize    write training sequences for programs without a tokenizer, such as examples/cpp_trainer
   info        versions, build and devices
 
-`linearard COMMAND --help` explains a command. Start with: linearard restore --recipe demo"""
+`linearard COMMAND --help` explains a command. Start with: linearard restore --recipe demo
+
+`linearard --cmake-prefix-path` prints where CMake finds the library."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,10 +50,16 @@ def run(arguments: Sequence[str] | None) -> int:
     commands: dict[str, Callable[[list[str]], None]] = {
         "restore": restore_command,
         "evaluate": evaluate_command,
+        "tokenize": tokenize_command,
         "info": info_command,
     }
     if not given or given[0] in ("-h", "--help"):
         print(HELP)
+        return 0
+    if given == ["--cmake-prefix-path"]:
+        from linearard import cmake_prefix_path
+
+        print(cmake_prefix_path())
         return 0
     try:
         if given[0] not in commands:
@@ -146,6 +155,14 @@ def _evaluate_suite(config: "SuiteConfig") -> None:
     display.say(f"Report: {output / 'evaluation.md'}, evaluation.json{', evaluation.png' if picture else ''}")
 
 
+def tokenize_command(arguments: list[str]) -> None:
+    """`linearard tokenize`: see linearard.tokens."""
+    from linearard import tokens
+
+    _quiet_libraries()
+    tokens.tokenize_command(arguments)
+
+
 def info_command(arguments: list[str]) -> None:
     """`linearard info`: what a bug report needs."""
     from linearard.errors import UserError
@@ -178,9 +195,20 @@ def information() -> dict[str, Any]:
         "torch": torch.__version__,
         **versions,
         **{f"build: {name}": value for name, value in _C.build_info().items()},
+        "kernels": _kernels(_C.build_info()["cuda"]["architectures"]),
         "processor": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "GPUs": ", ".join(devices) or "none",
     }
+
+
+def _kernels(architectures: list[str]) -> str:
+    """A sentence that says where the library computes by kernels of its own."""
+    if architectures:
+        return f"for the CPU and for CUDA architectures {', '.join(architectures)}"
+    return (
+        "for the CPU only, as no CUDA toolkit (or no GPU) was found when the library was built; tensors on a GPU are "
+        "served by PyTorch's operators"
+    )
 
 
 def _version(lookup: Callable[[str], str], package: str) -> str:
