@@ -16,28 +16,25 @@ inline constexpr int kSwizzleBytes = 8 * kLineBytes;
 /// Dimensions or tokens that one instruction sums over.
 inline constexpr int kStep = 16;
 
-/// Bits 0-13 address, 16-29 leading and 32-45 stride offset, all in units of 16 bytes, 62-63 the swizzle.
-__device__ inline uint64_t matrix_descriptor(uint32_t shared, int leading_bytes, int stride_bytes) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  return kSwizzle128 | static_cast<uint64_t>(stride_bytes / 16) << 32 |
-         static_cast<uint64_t>(leading_bytes / 16) << 16 | (shared & 0x3ffffu) >> 4;
+/// Bits 0-13 address, 16-29 leading and 32-45 stride offset, all in units of 16 bytes, 62-63 the swizzle (1: 128 bytes).
+/// The stride goes to the next eight lines. The leading offset goes to the next 64 dimensions where the sum is over
+/// tokens, and is not used where it is over dimensions.
+template <int kChunkBytes>
+__device__ uint64_t matrix_descriptor(uint32_t shared) {
+  constexpr uint64_t kLayout = uint64_t{1} << 62 | static_cast<uint64_t>(kSwizzleBytes / 16) << 32 |
+                               static_cast<uint64_t>(kChunkBytes / 16) << 16;
+  return kLayout | (shared & 0x3ffffu) >> 4;
 }
 
-/// Tokens x dimensions, summed over 16 dimensions of each token ("K-major"): S = X_I X_J^T. @param shared the first
-/// token's line in chunk 0, @param chunk_bytes from one chunk to the next. The leading offset is not used.
+/// Operand of a sum over dimensions ("K-major", X_I and X_J in X_I X_J^T): what to add for its step-th 16 of them.
 template <int kChunkBytes>
-__device__ uint64_t vectors_descriptor(uint32_t shared, int step) {
+__device__ constexpr uint64_t dimension_step(int step) {
   constexpr int kStepsOfChunk = kChunkDims / kStep;
-  return matrix_descriptor(shared + step / kStepsOfChunk * kChunkBytes + step % kStepsOfChunk * kStep * 2, 16,
-                           kSwizzleBytes);
+  return static_cast<uint64_t>(step / kStepsOfChunk * kChunkBytes + step % kStepsOfChunk * kStep * 2) / 16;
 }
 
-/// Dimensions x tokens, summed over 16 tokens ("MN-major"): X_J in H X_J. The stride goes to the next eight tokens, the
-/// leading offset to the next 64 dimensions.
-template <int kChunkBytes>
-__device__ uint64_t transposed_descriptor(uint32_t shared, int step) {
-  return matrix_descriptor(shared + step * kStep * kLineBytes, kChunkBytes, kSwizzleBytes);
-}
+/// Operand of a sum over tokens ("MN-major", X_J in H X_J): what to add for its step-th 16 of them.
+__device__ constexpr uint64_t token_step(int step) { return static_cast<uint64_t>(step * kStep * kLineBytes) / 16; }
 
 /// Where piece `piece` of 16 bytes of a token's line lies.
 __device__ inline uint32_t swizzled(uint32_t chunk, int token, int piece) {
