@@ -36,9 +36,11 @@ __device__ constexpr uint64_t dimension_step(int step) {
 /// Operand of a sum over tokens ("MN-major", X_J in H X_J): what to add for its step-th 16 of them.
 __device__ constexpr uint64_t token_step(int step) { return static_cast<uint64_t>(step * kStep * kLineBytes) / 16; }
 
-/// Where piece `piece` of 16 bytes of a token's line lies.
+/// Where piece `piece` of 16 bytes of a token's line lies. Exchanging bits of the address exchanges those of the piece.
 __device__ inline uint32_t swizzled(uint32_t chunk, int token, int piece) {
   return chunk + token * kLineBytes + ((piece ^ (token & 7)) << 4);
 }
+/// The piece of the step-th 16 of a line's elements from that of the first 16.
+__device__ constexpr uint32_t swizzled_step(uint32_t first, int step) { return first ^ step * 32; }
 
 }  // namespace linearard::cuda::sm90

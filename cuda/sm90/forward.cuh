@@ -38,7 +38,6 @@ class Forward {
   static constexpr int kRing = 2 * kOwnerTeacher;
   static constexpr int kOwnerValues = kRing + kStages * kStageBytes;
   static constexpr int kBarriers = kOwnerValues + kOwners * static_cast<int>(sizeof(ForwardToken));
-  static constexpr int kTurn = 1;  ///< named barriers: the turn of either warpgroup
 
  public:
   static constexpr int kSharedBytes = kBarriers + (1 + 2 * kStages) * 8;
@@ -47,7 +46,8 @@ class Forward {
   __device__ static void run(const ForwardArguments& arguments) {
     const Walk walk = Walk::of_block(arguments.schedule, static_cast<int>(blockIdx.x));
     if (arguments.params.wide_heads[walk.head] != 0) return;
-    Forward(arguments, walk).run_block();
+    Forward forward(arguments, walk);
+    if (forward.begin_ < forward.end_) forward.run_block();
   }
 
  private:
@@ -93,7 +93,7 @@ class Forward {
       mbarrier_init(owners_loaded(), 1);
       for (int s = 0; s < kStages; ++s) {
         mbarrier_init(full(s), 1);
-        mbarrier_init(empty(s), kGroups * kWarpgroup / 32);
+        mbarrier_init(empty(s), kConsumerThreads / 32);
       }
       fence_mbarrier_init();
     }
@@ -173,7 +173,7 @@ class Forward {
     Position position;
     mbarrier_wait(owners_loaded(), 0);
     // The warpgroups multiply in turns, so that one uses the tensor cores while the other one adds.
-    if (group == 1) barrier_arrive(kTurn, kGroups * kWarpgroup);
+    if (group == 1) pass_turn(group);
 #pragma unroll 1
     for (int tile = begin_; tile < end_; ++tile) {
       const int first_row = tile * kTileTokens + row_of_thread();
@@ -181,7 +181,7 @@ class Forward {
       float student[kElements];
       float teacher[kElements];
       const int teacher_stage = position.stage;
-      barrier_sync(kTurn + group, kGroups * kWarpgroup);
+      wait_for_turn(group);
       mbarrier_wait(full(position.stage), position.parity);
       multiply(teacher, stage_at(position.stage), owners + kOwnerTeacher);
       position.advance();
@@ -191,7 +191,7 @@ class Forward {
       pin(teacher);
       release(teacher_stage);
       // The other group's products queue up behind this group's last ones.
-      if (group == 0 || tile + 1 < end_) barrier_arrive(kTurn + 1 - group, kGroups * kWarpgroup);
+      if (group == 0 || tile + 1 < end_) pass_turn(group);
       warpgroup_wait<0>();
       pin(student);
       release(position.stage);
@@ -199,7 +199,7 @@ class Forward {
 
       const int last_row = tile * kTileTokens + kTileTokens - 1;
       if (last_row <= first_owner) continue;
-      const Diagonal diagonal{first_row, first_owner + column_of_thread()};
+      const Diagonal diagonal{first_row - first_owner - column_of_thread()};
       if (tile * kTileTokens >= first_owner + kGroupOwners) {
         add_pairs<false>(student, teacher, factors, columns, diagonal, rows, owner_sums);
       } else {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "../mma/instructions.cuh"
 #include "../triangular/elements.cuh"
 
 // The pairs of a warpgroup's accumulators: see wgmma.cuh for which thread holds which. Rows and columns are tokens.
@@ -8,6 +9,7 @@ namespace linearard::cuda::sm90 {
 
 using triangular::ColumnPair;
 using triangular::ElementFactors;
+using triangular::PairTerms;
 using triangular::Sums;
 
 /// Fragments of 8 columns whose pairs are found near or far together: one vote of the warp for each.
@@ -43,14 +45,12 @@ struct ForwardRows {
   Sums sums[2];
 };
 
-/// Pairs of some tile that do not count: those with row <= column, both counted from the same token.
+/// Where a tile meets the diagonal.
 struct Diagonal {
-  int first_row;     ///< of the thread
-  int first_column;  ///< of the thread's fragment 0
+  int distance;  ///< of the thread's first row from its first column
 
-  __device__ bool counts(int fragment, int e) const {
-    return first_row + 8 * (e / 2) > first_column + 8 * fragment + e % 2;
-  }
+  /// Of accumulator c of a fragment; pairs with row > column count.
+  __device__ int row_minus_column(int fragment, int c) const { return distance + 8 * (c / 2) - 8 * fragment - c % 2; }
 };
 
 template <bool kPartial, bool kAllNear, int kElements>
@@ -71,7 +71,7 @@ __device__ void add_fragments(const float (&difference)[kElements],
       const ForwardToken& column = c % 2 == 0 ? pair.first : pair.second;
       const float exponent = factors.exponent(teacher[4 * n + c], row.bias, column.bias);
       ForwardTerms terms = forward_terms<kAllNear>(factors, difference[4 * n + c], exponent);
-      if (kPartial && !diagonal.counts(n, c)) terms = {0, 0, 0};
+      if (kPartial && diagonal.row_minus_column(n, c) <= 0) terms = {0, 0, 0};
       rows.sums[c / 2].add(terms.mass, terms.moment, terms.phi, column.weight);
       column_sums[2 * n + c % 2].add(terms.mass, terms.moment, terms.phi, row.weight);
     }
@@ -102,6 +102,35 @@ __device__ void add_pairs(float (&student)[kElements],
     } else {
       add_fragments<kPartial, false>(student, teacher, first, factors, columns, diagonal, rows, column_sums);
     }
+  }
+}
+
+/// H of all pairs, rounded and packed as the operand A of a sum over the columns: 16 of them for each step.
+/// @param columns values of the thread's first column; @param self what a token's pair with itself counts
+template <typename T, bool kPartial, int kElements>
+__device__ void weigh_pairs(const float (&student)[kElements],
+                            const float (&teacher)[kElements],
+                            const PairTerms& terms,
+                            const BackwardToken (&rows)[2],
+                            const BackwardToken* columns,
+                            const Diagonal& diagonal,
+                            float self,
+                            uint32_t (&h)[kElements / 8][4]) {
+#pragma unroll
+  for (int n = 0; n < kElements / 4; ++n) {
+    const BackwardToken pair[2] = {columns[8 * n], columns[8 * n + 1]};
+    float weights[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const auto parts = terms(student[4 * n + c], teacher[4 * n + c], rows[c / 2], pair[c % 2]);
+      weights[c] = parts.e * (parts.first + parts.second);
+      if constexpr (kPartial) {
+        const int distance = diagonal.row_minus_column(n, c);
+        weights[c] = distance > 0 ? weights[c] : distance == 0 ? weights[c] * self : 0.f;
+      }
+    }
+    h[n / 2][n % 2 * 2] = pack<T>(weights[0], weights[1]);
+    h[n / 2][n % 2 * 2 + 1] = pack<T>(weights[2], weights[3]);
   }
 }
 

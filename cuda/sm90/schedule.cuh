@@ -4,6 +4,8 @@
 #include <climits>
 #include <cstdint>
 
+#include "instructions.cuh"
+
 // Which block of threads does what.
 
 namespace linearard::cuda::sm90 {
@@ -11,7 +13,8 @@ namespace linearard::cuda::sm90 {
 /// One warpgroup copies, two compute: the register file gives those 240 registers a thread.
 inline constexpr int kWarpgroup = 128;
 inline constexpr int kGroups = 2;
-inline constexpr int kThreads = (1 + kGroups) * kWarpgroup;
+inline constexpr int kConsumerThreads = kGroups * kWarpgroup;
+inline constexpr int kThreads = kWarpgroup + kConsumerThreads;
 inline constexpr int kProducerRegisters = 24;
 inline constexpr int kConsumerRegisters = 240;
 /// Tokens of a walk's tile, and of one load of the copy engine.
@@ -59,6 +62,29 @@ struct Walk {
     return static_cast<int>(static_cast<int64_t>(tiles) * part / schedule.parts);
   }
 };
+
+// Named barriers: the turn of either warpgroup that computes, and both of them. A turn is taken by the whole group, with
+// constants as names: a name in a register is one register more.
+inline constexpr int kTurnOfFirst = 1;
+inline constexpr int kTurnOfSecond = 2;
+inline constexpr int kAllConsumers = 3;
+
+/// The tensor cores are used in turns, so that one warpgroup multiplies while the other one computes with the results.
+__device__ inline void wait_for_turn(int group) {
+  if (group == 0) {
+    barrier_sync(kTurnOfFirst, kConsumerThreads);
+  } else {
+    barrier_sync(kTurnOfSecond, kConsumerThreads);
+  }
+}
+/// Once more by the second group before everything: the first turn is the first group's.
+__device__ inline void pass_turn(int group) {
+  if (group == 0) {
+    barrier_arrive(kTurnOfSecond, kConsumerThreads);
+  } else {
+    barrier_arrive(kTurnOfFirst, kConsumerThreads);
+  }
+}
 
 /// Position in a ring of shared-memory buffers.
 template <int kStages>
