@@ -136,7 +136,8 @@ class Backward {
     }
   }
 
-  // --- the producer: one thread ---------------------------------------------------------------------------------------
+  // --- the producer: one thread
+  // ---------------------------------------------------------------------------------------
 
   __device__ void load(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int chunk, int token) const {
     tma_load_4d(shared, &map, barrier, chunk * kChunkDims, token, plan().head % p_.heads, plan().head / p_.heads);
@@ -177,9 +178,9 @@ class Backward {
   class Consumer;
 };
 
-/// One warpgroup. Tile i's products of vectors S and T become H, which goes to registers and to shared memory. Its owners'
-/// gradient is then summed at once, the others' one tile later, when the other warpgroup's H is certain to be there.
-/// The warpgroups use the tensor cores in turns: while one multiplies, the other one computes its H.
+/// One warpgroup. Tile i's products of vectors S and T become H, which goes to registers and to shared memory. Its
+/// owners' gradient is then summed at once, the others' one tile later, when the other warpgroup's H is certain to be
+/// there. The warpgroups use the tensor cores in turns: while one multiplies, the other one computes its H.
 template <typename T, int kDim>
 class Backward<T, kDim>::Consumer {
  public:
@@ -248,9 +249,7 @@ class Backward<T, kDim>::Consumer {
   __device__ void wait_for_turn() const { sm90::wait_for_turn(group_); }
   __device__ void pass_turn() const { sm90::pass_turn(group_); }
   /// Read again for each tile: registers are scarcer.
-  __device__ BackwardToken* owner_values() const {
-    return reinterpret_cast<BackwardToken*>(b_.memory_ + kOwnerValues);
-  }
+  __device__ BackwardToken* owner_values() const { return reinterpret_cast<BackwardToken*>(b_.memory_ + kOwnerValues); }
   __device__ bool is_mine(int i) const { return kShareTile || i % kGroups == group_; }
 
   __device__ void load_owners() {
@@ -269,7 +268,8 @@ class Backward<T, kDim>::Consumer {
       load_matrices(owners_[step], swizzled_step(from, step));
   }
 
-  // --- products: issued, not waited for -------------------------------------------------------------------------------
+  // --- products: issued, not waited for
+  // -------------------------------------------------------------------------------
 
   __device__ void multiply_vectors(float (&student)[kElements],
                                    float (&teacher)[kElements],
@@ -318,7 +318,8 @@ class Backward<T, kDim>::Consumer {
       wgmma<T, true, true>(others, h + token_step(step), x + token_step(step), step > 0);
   }
 
-  // --- H --------------------------------------------------------------------------------------------------------------
+  // --- H
+  // --------------------------------------------------------------------------------------------------------------
 
   __device__ void weigh(const float (&student)[kElements],
                         const float (&teacher)[kElements],
@@ -357,7 +358,8 @@ class Backward<T, kDim>::Consumer {
     if (lane() == 0) mbarrier_arrive(b_.h_empty(i % 2));
   }
 
-  // --- gradients leave by additions in global memory, each warp for its 16 tokens -------------------------------------
+  // --- gradients leave by additions in global memory, each warp for its 16 tokens
+  // -------------------------------------
 
   /// @param values accumulators of 64 dimensions, @param first_token of the group's 64
   __device__ void write(const float* values, int first_token, int chunk) const {

@@ -5,8 +5,8 @@
 // Matrices of 16-bit elements in shared memory as the tensor cores read them, with the copy engine's 128-byte swizzle.
 //
 // A tile of vectors lies there as chunks of 64 dimensions: [chunk][token][64 dimensions]. A token's 64 dimensions are
-// a line of 128 bytes, whose pieces of 16 bytes are exchanged by the token's number modulo 8: piece p of token t lies at
-// p ^ (t % 8). Eight lines, 1024 bytes, are the unit of the swizzle, and chunks begin at multiples of it.
+// a line of 128 bytes, whose pieces of 16 bytes are exchanged by the token's number modulo 8: piece p of token t lies
+// at p ^ (t % 8). Eight lines, 1024 bytes, are the unit of the swizzle, and chunks begin at multiples of it.
 
 namespace linearard::cuda::sm90 {
 
@@ -16,9 +16,9 @@ inline constexpr int kSwizzleBytes = 8 * kLineBytes;
 /// Dimensions or tokens that one instruction sums over.
 inline constexpr int kStep = 16;
 
-/// Bits 0-13 address, 16-29 leading and 32-45 stride offset, all in units of 16 bytes, 62-63 the swizzle (1: 128 bytes).
-/// The stride goes to the next eight lines. The leading offset goes to the next 64 dimensions where the sum is over
-/// tokens, and is not used where it is over dimensions.
+/// Bits 0-13 address, 16-29 leading and 32-45 stride offset, all in units of 16 bytes, 62-63 the swizzle (1: 128
+/// bytes). The stride goes to the next eight lines. The leading offset goes to the next 64 dimensions where the sum is
+/// over tokens, and is not used where it is over dimensions.
 template <int kChunkBytes>
 __device__ uint64_t matrix_descriptor(uint32_t shared) {
   constexpr uint64_t kLayout = uint64_t{1} << 62 | static_cast<uint64_t>(kSwizzleBytes / 16) << 32 |

@@ -108,7 +108,8 @@ class Forward {
     }
   }
 
-  // --- the producer: one thread ---------------------------------------------------------------------------------------
+  // --- the producer: one thread
+  // ---------------------------------------------------------------------------------------
 
   __device__ void load(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int chunk, int token) const {
     tma_load_4d(shared, &map, barrier, chunk * kChunkDims, token, head_ % p_.heads, head_ / p_.heads);
@@ -144,7 +145,8 @@ class Forward {
     }
   }
 
-  // --- the consumers: two warpgroups ----------------------------------------------------------------------------------
+  // --- the consumers: two warpgroups
+  // ----------------------------------------------------------------------------------
 
   /// Visitors x owners of the group: issued, not waited for.
   __device__ static void multiply(float (&products)[kElements], uint32_t visitors, uint32_t owners) {
@@ -167,8 +169,8 @@ class Forward {
     const ElementFactors factors(p_.factors);
     const int first_owner = first_ + group * kGroupOwners;
     const uint32_t owners = shared_ + group * kGroupOwners * kLineBytes;
-    const auto* columns = reinterpret_cast<const ColumnPair*>(memory_ + kOwnerValues) +
-                          (group * kGroupOwners + column_of_thread()) / 2;
+    const auto* columns =
+        reinterpret_cast<const ColumnPair*>(memory_ + kOwnerValues) + (group * kGroupOwners + column_of_thread()) / 2;
     Sums owner_sums[kElements / 2];
     Position position;
     mbarrier_wait(owners_loaded(), 0);
@@ -211,7 +213,8 @@ class Forward {
     if (!p_.causal) write_owners(owner_sums, first_owner);
   }
 
-  // --- sums leave by additions in global memory -----------------------------------------------------------------------
+  // --- sums leave by additions in global memory
+  // -----------------------------------------------------------------------
 
   __device__ void add(int token, const Sums& sums) const {
     if (token >= p_.tokens) return;

@@ -63,8 +63,8 @@ struct Walk {
   }
 };
 
-// Named barriers: the turn of either warpgroup that computes, and both of them. A turn is taken by the whole group, with
-// constants as names: a name in a register is one register more.
+// Named barriers: the turn of either warpgroup that computes, and both of them. A turn is taken by the whole group,
+// with constants as names: a name in a register is one register more.
 inline constexpr int kTurnOfFirst = 1;
 inline constexpr int kTurnOfSecond = 2;
 inline constexpr int kAllConsumers = 3;

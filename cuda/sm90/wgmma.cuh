@@ -9,8 +9,8 @@
 //
 // d [64][2 kRegisters] (+)= A [64][16] B [16][2 kRegisters]. Thread t of the warpgroup holds of row t / 32 * 16 +
 // t % 32 / 4, with c = t % 4 * 2, in d[4 n], d[4 n + 1] the columns 8 n + c and 8 n + c + 1; in d[4 n + 2], d[4 n + 3]
-// the same columns eight rows below. A in registers: a[0] columns c, c + 1 of the row, a[1] eight rows below, a[2], a[3]
-// the same eight columns on.
+// the same columns eight rows below. A in registers: a[0] columns c, c + 1 of the row, a[1] eight rows below, a[2],
+// a[3] the same eight columns on.
 
 namespace linearard::cuda::sm90 {
 
@@ -46,40 +46,41 @@ __device__ void pin(float (&d)[kRegisters]) {
 #define LINEARARD_OPERANDS_64 LINEARARD_OPERANDS_48, LINEARARD_SIXTEEN(48)
 
 // A and B in shared memory; the names of a, b and accumulate follow those of d.
-#define LINEARARD_WGMMA_SHARED(kRegisters, columns, type, a_name, b_name, accumulate_name, a_major, b_major)    \
-  asm volatile(                                                                                                 \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate_name ", 0;\n"                                              \
-      "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" LINEARARD_NAMES_##kRegisters "}, " \
-      a_name ", " b_name ", p, 1, 1, " a_major ", " b_major ";\n}\n"                                            \
-      : LINEARARD_OPERANDS_##kRegisters                                                                         \
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposeA ? 1 : 0), "n"(kTransposeB ? 1 : 0))
+#define LINEARARD_WGMMA_SHARED(kRegisters, columns, type, a_name, b_name, accumulate_name, a_major, b_major)          \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate_name                                                    \
+               ", 0;\n"                                                                                               \
+               "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" LINEARARD_NAMES_##kRegisters \
+               "}, " a_name ", " b_name ", p, 1, 1, " a_major ", " b_major ";\n}\n"                                   \
+               : LINEARARD_OPERANDS_##kRegisters                                                                      \
+               : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposeA ? 1 : 0),                         \
+                 "n"(kTransposeB ? 1 : 0))
 
 // A in registers.
-#define LINEARARD_WGMMA_REGISTERS(kRegisters, columns, type, a0, a1, a2, a3, b_name, accumulate_name, b_major)  \
-  asm volatile(                                                                                                 \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate_name ", 0;\n"                                              \
-      "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" LINEARARD_NAMES_##kRegisters "}, {" \
-      a0 ", " a1 ", " a2 ", " a3 "}, " b_name ", p, 1, 1, " b_major ";\n}\n"                                    \
-      : LINEARARD_OPERANDS_##kRegisters                                                                         \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)),                  \
-        "n"(kTransposeB ? 1 : 0))
+#define LINEARARD_WGMMA_REGISTERS(kRegisters, columns, type, a0, a1, a2, a3, b_name, accumulate_name, b_major)        \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate_name                                                    \
+               ", 0;\n"                                                                                               \
+               "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" LINEARARD_NAMES_##kRegisters \
+               "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b_name ", p, 1, 1, " b_major ";\n}\n"                          \
+               : LINEARARD_OPERANDS_##kRegisters                                                                      \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)),               \
+                 "n"(kTransposeB ? 1 : 0))
 
 template <typename T>
 inline constexpr bool kIsHalf = false;
 template <>
 inline constexpr bool kIsHalf<__half> = true;
 
-#define LINEARARD_SHARED(kRegisters, columns, ...)                                  \
-  if constexpr (kIsHalf<T>) {                                                       \
-    LINEARARD_WGMMA_SHARED(kRegisters, columns, "f16", __VA_ARGS__);                \
-  } else {                                                                          \
-    LINEARARD_WGMMA_SHARED(kRegisters, columns, "bf16", __VA_ARGS__);               \
+#define LINEARARD_SHARED(kRegisters, columns, ...)                    \
+  if constexpr (kIsHalf<T>) {                                         \
+    LINEARARD_WGMMA_SHARED(kRegisters, columns, "f16", __VA_ARGS__);  \
+  } else {                                                            \
+    LINEARARD_WGMMA_SHARED(kRegisters, columns, "bf16", __VA_ARGS__); \
   }
-#define LINEARARD_REGISTERS(kRegisters, columns, ...)                               \
-  if constexpr (kIsHalf<T>) {                                                       \
-    LINEARARD_WGMMA_REGISTERS(kRegisters, columns, "f16", __VA_ARGS__);             \
-  } else {                                                                          \
-    LINEARARD_WGMMA_REGISTERS(kRegisters, columns, "bf16", __VA_ARGS__);            \
+#define LINEARARD_REGISTERS(kRegisters, columns, ...)                    \
+  if constexpr (kIsHalf<T>) {                                            \
+    LINEARARD_WGMMA_REGISTERS(kRegisters, columns, "f16", __VA_ARGS__);  \
+  } else {                                                               \
+    LINEARARD_WGMMA_REGISTERS(kRegisters, columns, "bf16", __VA_ARGS__); \
   }
 
 /// @param a, b descriptors; transposed: rows of A (columns of B) are contiguous in memory, else the 16 that are summed
