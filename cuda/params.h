@@ -68,6 +68,9 @@ struct ForwardParams {
   void* lse_student;  ///< likewise
   void* lse_teacher;  ///< likewise
   bool wide_outputs;
+  /// Only these rows, if not null: [B heads] how many of a head, and [B heads, rows] which, in any order.
+  const int* row_counts;
+  const int* row_lists;
   RedoMarks redo;
 };
 
@@ -102,6 +105,7 @@ struct BackwardParams {
   bool wide_statistics;
   const float* largest_grad;  ///< max |grad_kl|, for half only: keeps H inside its range
   void* gradient;             ///< [B, heads, owners, dim] contiguous, of the student's type
+  const int* only_heads;      ///< [B heads] 0: not this one; null: all
   RedoMarks redo;
 };
 

@@ -1,3 +1,4 @@
+#include "common/launch.cuh"
 #include "launch.h"
 
 namespace linearard::cuda {
@@ -79,8 +80,8 @@ cudaError_t compute_ranges(const RangeParams& params, cudaStream_t stream) {
   constexpr int kThreads = 256;
   const int64_t tokens = (static_cast<int64_t>(params.rows) + params.keys) * params.batch;
   if (tokens == 0) return cudaSuccess;
-  ranges_kernel<<<static_cast<unsigned>((tokens + kThreads - 1) / kThreads), kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  const dim3 grid(static_cast<unsigned>((tokens + kThreads - 1) / kThreads));
+  return launch_kernel(ranges_kernel, grid, kThreads, 0, stream, params);
 }
 
 }  // namespace linearard::cuda

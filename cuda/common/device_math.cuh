@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "instructions.cuh"
+
 // Functions of one logit, in base 2 for float (the exponential unit computes 2^x) and in base e for double. A logit l
 // in nats is l * unit<Real>() here.
 
@@ -19,11 +21,7 @@ struct Base<float> {
   static constexpr float kNats = 0.6931471805599453f;  ///< nats per logit unit
   static constexpr float kHuge = 1e30f;                ///< beyond it a result is not trusted
   static constexpr float kLargestExponent = 90.f;
-  __device__ static float exp(float x) {
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
-  }
+  __device__ static float exp(float x) { return exp2_approximate(x); }
   __device__ static float log(float x) { return log2f(x); }
   /// To 2 units in the last place, without the slow path of IEEE division; 0 for divisors beyond 2^126.
   __device__ static float divide(float x, float y) { return __fdividef(x, y); }

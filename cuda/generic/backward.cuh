@@ -288,10 +288,11 @@ class Backward {
 template <typename Real>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const __grid_constant__ BackwardParams params, bool repeat) {
-  extern __shared__ __align__(16) char shared[];
   const int64_t block = blockIdx.x;
   if (is_done(params.redo, repeat, block)) return;
-  Backward<Real>(params, *reinterpret_cast<BackwardShared<Real>*>(shared), block, static_cast<int>(blockIdx.y)).run();
+  Backward<Real>(params, *reinterpret_cast<BackwardShared<Real>*>(dynamic_shared_memory()), block,
+                 static_cast<int>(blockIdx.y))
+      .run();
 }
 
 }  // namespace linearard::cuda::generic

@@ -1,5 +1,6 @@
 #include <climits>
 
+#include "../common/launch.cuh"
 #include "../generic/backward.cuh"
 #include "../generic/forward.cuh"
 #include "generic.h"
@@ -11,9 +12,8 @@ cudaError_t launch_forward(const ForwardParams& params, Blocks blocks, cudaStrea
   const int64_t per_head = (static_cast<int64_t>(params.visibility.rows) + kTile - 1) / kTile;
   const int64_t count = per_head * params.batch * params.heads;
   if (count > INT_MAX) return cudaErrorInvalidConfiguration;
-  forward_kernel<Real><<<static_cast<unsigned>(count), kThreads, 0, stream>>>(params, blocks == Blocks::kMarked,
-                                                                              blocks == Blocks::kAllIfAnyIsMarked);
-  return cudaGetLastError();
+  return launch_kernel(forward_kernel<Real>, dim3(static_cast<unsigned>(count)), kThreads, 0, stream, params,
+                       blocks == Blocks::kMarked, blocks == Blocks::kAllIfAnyIsMarked);
 }
 
 template <typename Real>
@@ -23,12 +23,8 @@ cudaError_t launch_backward(const BackwardParams& params, Blocks blocks, cudaStr
   if (count > INT_MAX) return cudaErrorInvalidConfiguration;
   const int slices = (params.owner_student.dim + kSlice - 1) / kSlice;
   constexpr int kSharedBytes = sizeof(BackwardShared<Real>);
-  const cudaError_t error =
-      cudaFuncSetAttribute(backward_kernel<Real>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(count), static_cast<unsigned>(slices));
-  backward_kernel<Real><<<grid, kThreads, kSharedBytes, stream>>>(params, blocks == Blocks::kMarked);
-  return cudaGetLastError();
+  return launch_kernel(backward_kernel<Real>, grid, kThreads, kSharedBytes, stream, params, blocks == Blocks::kMarked);
 }
 
 template cudaError_t launch_forward<float>(const ForwardParams&, Blocks, cudaStream_t);

@@ -1,6 +1,8 @@
 #pragma once
 
 #include "../common/device_math.cuh"
+#include "../common/half_range.cuh"
+#include "../common/rounding.cuh"
 #include "tiles.cuh"
 
 namespace linearard::cuda::mma {
@@ -33,6 +35,7 @@ class Backward {
     const int blocks = (owners + kOwners - 1) / kOwners;
     const int64_t problem = blockIdx.x / blocks;
     const int block = static_cast<int>(blockIdx.x % blocks);
+    if (p.only_heads != nullptr && p.only_heads[problem] == 0) return;
     Backward(p, shared, static_cast<int>(problem / p.heads), static_cast<int>(problem % p.heads), block * kOwners)
         .run_block();
   }
@@ -54,11 +57,7 @@ class Backward {
 
   __device__ Backward(const BackwardParams& p, char* shared, int batch, int head, int first)
       : p_(p), shared_(shared_address(shared)), memory_(shared), batch_(batch), head_(head), first_(first) {
-    if (p.largest_grad != nullptr) {
-      const float largest = *p.largest_grad;
-      // H is at most 2 max |grad|: 2^14 of 65504 leaves room, and the small entries keep most of their digits.
-      if (largest > 0 && largest < Base<float>::kHuge) grad_scale_ = exp2f(13.f - ceilf(log2f(largest)));
-    }
+    grad_scale_ = half_range_scale(p.largest_grad);
   }
 
   // Read from the parameters each time: registers are what this kernel is short of.
@@ -342,8 +341,7 @@ class Backward {
 
   __device__ float owner_element(int row, int d) const {
     using Rows = Layout<kDim>;
-    uint16_t bits;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(shared_ + Rows::offset(row, d / 8) + d % 8 * 2));
+    const uint16_t bits = load_shared_16(shared_ + Rows::offset(row, d / 8) + d % 8 * 2);
     return static_cast<float>(*reinterpret_cast<const T*>(&bits));
   }
 
@@ -371,7 +369,7 @@ class Backward {
           if (relation) x += own * owner_element(row_in_block(r), d);
           x = real ? x * scale : 0.f;
           finite = finite && fabsf(x) < Base<float>::kHuge;
-          out[d] = saturated(x);
+          out[d] = saturated_to<T>(x);
         }
       }
       const RowValues& row = owner_values()[row_in_block(r)];
@@ -380,29 +378,11 @@ class Backward {
       }
     }
   }
-
-  __device__ static T saturated(float x);
 };
-
-template <typename T>
-__device__ T saturated_to(float x) {
-  if constexpr (sizeof(T) == 2 && std::is_same_v<T, __half>) {
-    return __float2half_rn(x > 65504.f ? 65504.f : (x < -65504.f ? -65504.f : x));
-  } else {
-    constexpr float kLargest = 3.3895313892515355e38f;
-    return __float2bfloat16_rn(x > kLargest ? kLargest : (x < -kLargest ? -kLargest : x));
-  }
-}
-
-template <typename T, int kDim, int kSlabs>
-__device__ T Backward<T, kDim, kSlabs>::saturated(float x) {
-  return saturated_to<T>(x);
-}
 
 template <typename T, int kDim, int kSlabs>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_constant__ BackwardParams params) {
-  extern __shared__ __align__(128) char shared[];
-  Backward<T, kDim, kSlabs>::run(params, shared);
+  Backward<T, kDim, kSlabs>::run(params, dynamic_shared_memory());
 }
 
 }  // namespace linearard::cuda::mma

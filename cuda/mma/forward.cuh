@@ -22,6 +22,7 @@ class Forward {
     const int64_t problem = blockIdx.x / blocks;
     // Causal rows see more keys the later they come: the long blocks start first.
     const int block = blocks - 1 - static_cast<int>(blockIdx.x % blocks);
+    if (p.row_counts != nullptr && block * kOwners >= p.row_counts[problem]) return;
     Forward(p, shared, static_cast<int>(problem / p.heads), static_cast<int>(problem % p.heads), block * kOwners)
         .run_block();
   }
@@ -33,6 +34,8 @@ class Forward {
   const int batch_;
   const int head_;
   const int first_;
+  const int* const list_;  ///< rows of the head; null: all
+  const int count_;        ///< of rows
   const int warp_row_;
   const uint8_t* const key_mask_;
   Range ranges_[kRowsOfThread];
@@ -45,12 +48,23 @@ class Forward {
         batch_(batch),
         head_(head),
         first_(first),
+        list_(p.row_lists == nullptr ? nullptr : p.row_lists + head_index(p, batch, head) * p.visibility.rows),
+        count_(p.row_counts == nullptr ? p.visibility.rows : p.row_counts[head_index(p, batch, head)]),
         warp_row_(static_cast<int>(threadIdx.x) / 32 * 16 * kSlabs),
         key_mask_(p.visibility.key_mask == nullptr
                       ? nullptr
                       : p.visibility.key_mask + static_cast<int64_t>(batch) * p.visibility.keys) {}
 
-  __device__ int row_of(int r) const { return first_ + warp_row_ + (r / 2) * 16 + row_in_slab(r % 2); }
+  __device__ static int64_t head_index(const ForwardParams& p, int batch, int head) {
+    return static_cast<int64_t>(batch) * p.heads + head;
+  }
+
+  /// The row in a place of the block; p_.visibility.rows if there is none.
+  __device__ int row_at(int place) const {
+    if (first_ + place >= count_) return p_.visibility.rows;
+    return list_ != nullptr ? list_[first_ + place] : first_ + place;
+  }
+  __device__ int row_of(int r) const { return row_at(warp_row_ + (r / 2) * 16 + row_in_slab(r % 2)); }
 
   __device__ void load_keys(int tile, int stage) const {
     const uint32_t base = shared_ + S::kOther + stage * 2 * S::kOtherBytes;
@@ -70,7 +84,7 @@ class Forward {
     for (int r = 0; r < kRowsOfThread; ++r)
       ranges_[r] = keys_of_row(v, batch_, row_of(r));
     const Range mine = static_cast<int>(threadIdx.x) < kOwners
-                           ? keys_of_row(v, batch_, first_ + static_cast<int>(threadIdx.x))
+                           ? keys_of_row(v, batch_, row_at(static_cast<int>(threadIdx.x)))
                            : Range{0, 0, 0};
     const Range all = union_of_block(mine, scratch_);
     const int begin = all.begin / kOthers;
@@ -78,10 +92,10 @@ class Forward {
 
     if (!p_.teacher_only) {
       load_tokens<T, kDim, kOwners>(shared_, head_of<T>(p_.student_rows, batch_, head_), p_.student_rows, first_,
-                                    v.rows, nullptr);
+                                    count_, nullptr, list_);
     }
     load_tokens<T, kDim, kOwners>(shared_ + S::kOwnerTeacher, head_of<T>(p_.teacher_rows, batch_, head_),
-                                  p_.teacher_rows, first_, v.rows, nullptr);
+                                  p_.teacher_rows, first_, count_, nullptr, list_);
     if (begin < end) load_keys(begin, begin % kStages);
     for (int tile = begin; tile < end; ++tile) {
       if (tile + 1 < end) {
@@ -102,7 +116,7 @@ class Forward {
     const Visibility& v = p_.visibility;
     const int last = (tile + 1) * kOthers - 1;
     if (v.row_ranges != nullptr || last >= v.keys) return false;
-    return !v.causal || last <= first_ + v.keys - v.rows;
+    return !v.causal || (list_ == nullptr && last <= first_ + v.keys - v.rows);
   }
 
   __device__ uint32_t visible_elements(int tile) const {
@@ -224,7 +238,7 @@ class Forward {
       const float lse_teacher = sees ? sums.lse_teacher() : 0.f;
       const float lse_student = sees && !p_.teacher_only ? sums.lse_student() : 0.f;
       const float kl = ranges_[r].count > 1 && !p_.teacher_only ? sums.divergence() : 0.f;
-      const int64_t head = static_cast<int64_t>(batch_) * p_.heads + head_;
+      const int64_t head = head_index(p_, batch_, head_);
       const int64_t at = head * p_.visibility.rows + row;
       static_cast<float*>(p_.lse_teacher)[at] = lse_teacher;
       if (!p_.teacher_only) {
@@ -242,8 +256,7 @@ class Forward {
 
 template <typename T, int kDim, int kSlabs>
 __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_constant__ ForwardParams params) {
-  extern __shared__ __align__(128) char shared[];
-  Forward<T, kDim, kSlabs>::run(params, shared);
+  Forward<T, kDim, kSlabs>::run(params, dynamic_shared_memory());
 }
 
 }  // namespace linearard::cuda::mma

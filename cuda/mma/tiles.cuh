@@ -55,22 +55,28 @@ __device__ void load_chunk(uint32_t shared, const T* source, int count) {
 #pragma unroll 1
   for (int e = 0; e < 8; ++e) {
     const T x = e < count ? source[e] : T(0.f);
-    asm volatile("st.shared.u16 [%0], %1;" ::"r"(shared + 2 * e), "h"(*reinterpret_cast<const uint16_t*>(&x))
-                 : "memory");
+    store_shared_16(shared + 2 * e, *reinterpret_cast<const uint16_t*>(&x));
   }
 }
 
 /// Copies `kRows` tokens from `first` on; zeros for tokens that do not exist or are padding, and beyond the dimension.
+/// @param list if not null: the tokens are list[first], list[first + 1], ..., `count` in all
 template <typename T, int kDim, int kRows>
-__device__ void load_tokens(
-    uint32_t shared, const T* head, const Vectors& v, int first, int count, const uint8_t* mask) {
+__device__ void load_tokens(uint32_t shared,
+                            const T* head,
+                            const Vectors& v,
+                            int first,
+                            int count,
+                            const uint8_t* mask,
+                            const int* list = nullptr) {
   using Rows = Layout<kDim>;
   constexpr int kPieces = kRows * Rows::kChunks;
   const auto load = [&](int piece, bool aligned) {
     const int row = piece / Rows::kChunks;
     const int chunk = piece % Rows::kChunks;
-    const int token = first + row;
-    const bool valid = token < count && chunk * 8 < v.dim && (mask == nullptr || mask[token] != 0);
+    const bool exists = first + row < count;
+    const int token = list != nullptr && exists ? list[first + row] : first + row;
+    const bool valid = exists && chunk * 8 < v.dim && (mask == nullptr || mask[token] != 0);
     const T* source = head + (valid ? token * v.token_stride + chunk * 8 : 0);
     const uint32_t to = shared + Rows::offset(row, chunk);
     if (aligned) {

@@ -1,6 +1,8 @@
 #include "cuda/backend.h"
 
+#include <algorithm>
 #include <cmath>
+#include <optional>
 #include <utility>
 
 #include <ATen/ops/empty.h>
@@ -12,7 +14,9 @@
 #include <launch.h>
 
 #include "backends.h"
+#include "cuda/problem.h"
 #include "cuda/tensors.h"
+#include "cuda/triangular.h"
 #include "kernel_scope.h"
 #include "logit_form.h"
 
@@ -23,30 +27,6 @@
 
 namespace linearard::cuda {
 namespace {
-
-/// Both forms of a call: rows and keys of either side.
-struct Problem {
-  at::Tensor student_rows;
-  at::Tensor student_keys;
-  at::Tensor teacher_rows;
-  at::Tensor teacher_keys;
-  VisibilityMemory memory;
-  bool relation;  ///< rows and keys are the same tokens
-  double scale_student;
-  double scale_teacher;
-  linearard::Divergence divergence;
-  double beta;
-
-  int64_t batch() const { return student_rows.size(0); }
-  int64_t heads() const { return student_rows.size(1); }
-  int64_t rows() const { return student_rows.size(2); }
-  int64_t keys() const { return student_keys.size(2); }
-  at::Device device() const { return student_rows.device(); }
-  bool empty() const { return batch() * heads() * rows() * keys() == 0; }
-  bool float64() const {
-    return statistics_dtype_of(student_rows, student_keys, teacher_rows, teacher_keys) == at::kDouble;
-  }
-};
 
 Divergence kernel_divergence(linearard::Divergence divergence) {
   switch (divergence) {
@@ -61,8 +41,18 @@ Divergence kernel_divergence(linearard::Divergence divergence) {
 
 Problem problem_of(const RelationArguments& a) {
   const at::Tensor& x = a.student;
-  Problem problem{a.student, a.student,       a.teacher,       a.teacher,    {},
-                  true,      a.scale_student, a.scale_teacher, a.divergence, a.beta};
+  Problem problem{a.student,
+                  a.student,
+                  a.teacher,
+                  a.teacher,
+                  {},
+                  true,
+                  a.scale_student,
+                  a.scale_teacher,
+                  a.divergence,
+                  a.beta,
+                  a.cu_seqlens.has_value(),
+                  a.deterministic};
   if (problem.empty()) return problem;
   problem.memory = visibility_of(
       {x.size(0), x.size(2), x.size(2), a.causal, a.key_padding_mask, a.key_padding_mask, a.cu_seqlens, a.cu_seqlens},
@@ -72,8 +62,18 @@ Problem problem_of(const RelationArguments& a) {
 
 Problem problem_of(const AttentionArguments& a) {
   const at::Tensor& x = a.query_student;
-  Problem problem{a.query_student, a.key_student,   a.query_teacher, a.key_teacher, {},
-                  false,           a.scale_student, a.scale_teacher, a.divergence,  a.beta};
+  Problem problem{a.query_student,
+                  a.key_student,
+                  a.query_teacher,
+                  a.key_teacher,
+                  {},
+                  false,
+                  a.scale_student,
+                  a.scale_teacher,
+                  a.divergence,
+                  a.beta,
+                  a.cu_seqlens.has_value(),
+                  a.deterministic};
   if (problem.empty()) return problem;
   problem.memory = visibility_of({x.size(0), x.size(2), a.key_student.size(2), a.causal, a.query_padding_mask,
                                   a.key_padding_mask, a.cu_seqlens, a.cu_seqlens_key},
@@ -87,12 +87,6 @@ void exchange_roles(Problem& problem) {
   std::swap(problem.student_keys, problem.teacher_keys);
   std::swap(problem.scale_student, problem.scale_teacher);
   problem.divergence = linearard::Divergence::kForwardKL;
-}
-
-/// Statistics [B, H, N] of the rows.
-at::Tensor row_tensor(const Problem& problem, at::ScalarType dtype) {
-  return at::empty({problem.batch(), problem.heads(), problem.rows()},
-                   problem.student_rows.options().dtype(dtype).memory_format(at::MemoryFormat::Contiguous));
 }
 
 /// Brings x into the teacher's scale where the logits' difference can be computed as one; 0 where it cannot.
@@ -122,13 +116,6 @@ ForwardParams forward_params(const Problem& problem, const LogitForm* form) {
   return params;
 }
 
-/// Where the forward kernels write; undefined tensors are not wanted.
-struct RowTensors {
-  at::Tensor kl;
-  at::Tensor lse_student;
-  at::Tensor lse_teacher;
-};
-
 void set_outputs(ForwardParams& params, const RowTensors& to) {
   const auto data = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; };
   params.kl = data(to.kl);
@@ -139,7 +126,12 @@ void set_outputs(ForwardParams& params, const RowTensors& to) {
 
 /// Runs the forward kernels: all in double for float64 inputs, otherwise in float and the marked blocks again in
 /// double.
-void run_forward(ForwardParams params, const RowTensors& to, bool float64, const at::Device& device) {
+/// @param listed the rows that are left, where other kernels have written the others
+void run_forward(ForwardParams params,
+                 const RowTensors& to,
+                 bool float64,
+                 const at::Device& device,
+                 const std::optional<ListedRows>& listed = std::nullopt) {
   constexpr const char* kAction = "forward";
   const cudaStream_t stream = current_stream(device);
   set_outputs(params, to);
@@ -149,6 +141,10 @@ void run_forward(ForwardParams params, const RowTensors& to, bool float64, const
   }
   const at::Tensor marks = clear_marks(int64_t{params.batch} * params.heads, params.visibility.rows, device);
   params.redo = marks.mutable_data_ptr<int>();
+  if (listed) {
+    params.row_counts = listed->counts;
+    params.row_lists = listed->lists;
+  }
   check_launch(forward(params, stream), kAction, device);
   check_launch(forward_in_double(params, Blocks::kMarked, stream), kAction, device);
 }
@@ -173,7 +169,8 @@ ThreeTensors forward_of(const Arguments& arguments) {
     std::swap(form.scale_student, form.scale_teacher);
     std::swap(form.student_multiplier, form.teacher_multiplier);
   }
-  run_forward(forward_params(problem, float64 ? &form : nullptr), to, float64, problem.device());
+  run_forward(forward_params(problem, float64 ? &form : nullptr), to, float64, problem.device(),
+              triangular_forward(problem, to));
   if (exchanged) std::swap(to.lse_student, to.lse_teacher);
   return {to.kl, to.lse_student, to.lse_teacher};
 }
@@ -286,7 +283,14 @@ class BackwardCall {
     }
     const at::Tensor marks = clear_marks(owners.size(0) * owners.size(1), owners.size(2), device);
     params.redo = marks.mutable_data_ptr<int>();
-    check_launch(backward(params, stream), kAction, device);
+    {
+      const auto left = problem_.relation
+                            ? triangular_backward(problem_, {grad_kl_, lse_student_, lse_teacher_, params.largest_grad,
+                                                             output_scale_, gradient, params.redo})
+                            : std::nullopt;
+      params.only_heads = left ? left->heads : nullptr;
+      check_launch(backward(params, stream), kAction, device);
+    }
 
     // Float statistics cannot hold what made the marks: all again in double.
     const auto wide = [&] { return row_tensor(problem_, at::kDouble); };
@@ -380,7 +384,6 @@ ExecutionPlan relation_plan(const RelationArguments& arguments) {
   ExecutionPlan plan;
   plan.backend = "cuda";
   plan.instruction_set = tensor_cores ? "tensor cores (mma.sync)" : "fused multiply-add";
-  plan.traversal = "dense";
   plan.compute_dtype = float64 ? "float64" : "float32";
   plan.tile_rows = tiles.rows;
   plan.tile_columns = tiles.columns;
@@ -395,11 +398,14 @@ ExecutionPlan relation_plan(const RelationArguments& arguments) {
                                  : 0;
   const int64_t marks = (1 + problems * blocks(problem.rows(), kRedoRows)) * 4 + kRounding;
   const bool centers = problem.divergence != linearard::Divergence::kForwardKL;
-  plan.workspace_bytes_forward = visibility + (float64 ? kRounding : marks);
-  plan.workspace_bytes_backward = visibility + (centers ? 3 * (row_count * (float64 ? 8 : 4) + kRounding) : 0) +
-                                  (float64 ? kRounding : marks + (centers ? 3 : 2) * (row_count * 8 + kRounding)) +
-                                  2 * kRounding;
-  plan.deterministic = true;
+  const TriangularWorkspace triangular = triangular_workspace(problem);
+  plan.workspace_bytes_forward = visibility + (float64 ? kRounding : marks) + triangular.forward;
+  plan.workspace_bytes_backward =
+      visibility + (centers ? 3 * (row_count * (float64 ? 8 : 4) + kRounding) : 0) +
+      (float64 ? kRounding : marks + std::max((centers ? 3 : 2) * (row_count * 8 + kRounding), triangular.backward)) +
+      2 * kRounding;
+  plan.traversal = triangular.forward > 0 && !problem.deterministic ? "triangular" : "dense";
+  plan.deterministic = triangular.forward + triangular.backward == 0 || problem.deterministic;
   return plan;
 }
 

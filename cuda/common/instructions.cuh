@@ -1,0 +1,44 @@
+#pragma once
+
+#include <cstdint>
+
+// Instructions that every kernel may use. All inline PTX of the project lies in files of this name: the tests replace
+// them by functions of the same names (tests/emulation), so that the kernels run on a CPU.
+
+#ifdef LINEARARD_EMULATION
+
+#include <emulation/common_instructions.h>
+
+#else
+
+namespace linearard::cuda {
+
+/// The block's dynamic shared memory.
+__device__ inline char* dynamic_shared_memory() {
+  extern __shared__ __align__(1024) char shared[];
+  return shared;
+}
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ inline uint16_t load_shared_16(uint32_t shared) {
+  uint16_t bits;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(shared));
+  return bits;
+}
+__device__ inline void store_shared_16(uint32_t shared, uint16_t bits) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(shared), "h"(bits) : "memory");
+}
+
+/// 2^x to 2 units in the last place; results below the normal range are 0.
+__device__ inline float exp2_approximate(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+}  // namespace linearard::cuda
+
+#endif

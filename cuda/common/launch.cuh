@@ -1,0 +1,33 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+// The one place where a kernel is launched.
+
+#ifdef LINEARARD_EMULATION
+
+#include <emulation/launch.h>
+
+#else
+
+namespace linearard::cuda {
+
+/// @param shared_bytes of dynamic shared memory. Returns the launch's error.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...),
+                          dim3 grid,
+                          int threads,
+                          int shared_bytes,
+                          cudaStream_t stream,
+                          const Arguments&... arguments) {
+  if (shared_bytes > 0) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
+  return cudaGetLastError();
+}
+
+}  // namespace linearard::cuda
+
+#endif

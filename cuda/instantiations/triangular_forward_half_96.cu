@@ -1,0 +1,3 @@
+#include "../triangular/launch.cuh"
+
+LINEARARD_INSTANTIATE_TRIANGULAR_FORWARD(__half, 96)

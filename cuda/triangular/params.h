@@ -1,0 +1,147 @@
+#pragma once
+
+#include "../params.h"
+
+// What the triangular kernels are given: one self-relation, each pair of tokens once. Logits are in units of log 2.
+
+namespace linearard::cuda {
+
+/// What a pair needs of either token in the forward: E_ij = 2^(t_ij - bias_i - bias_j).
+struct alignas(8) ForwardToken {
+  float bias;    ///< t_ii / 2 - kHeadroom / 2
+  float weight;  ///< 2^(t_ii / 2 - center): E_ij weight_j is row i's term, E_ij weight_i is row j's. 0: no such token
+};
+
+/// The logit of a token with itself, in the forward's last step.
+struct alignas(8) OwnLogit {
+  float teacher;     ///< t_ii
+  float difference;  ///< s_ii - t_ii
+};
+
+/// What a pair needs of either token in the backward, with the same E_ij of the log-sum-exps:
+///   H_ij = E_ij (row_i key_j (w ratio_i - 1) + key_i row_j (w ratio_j - 1)),   w = 2^(s_ij - t_ij)
+struct alignas(16) BackwardToken {
+  float bias;   ///< lse_t / 2 - kHeadroom / 2
+  float key;    ///< 2^(lse_t / 2 - center - kHeadroom / 2)
+  float row;    ///< upstream gradient x 2^(center - lse_t / 2 - kHeadroom / 2)
+  float ratio;  ///< 2^(lse_t - lse_s)
+};
+
+/// Added to the exponent of E_ij <= 1 (nats: 30): float holds what is left of it where the tokens of a pair lie far
+/// apart. See docs/mathematics.md for the bound.
+inline constexpr float kHeadroom = 43.f;
+/// Largest spread of t_ii or lse_t within a head, nats: beyond it the dense kernels compute the head.
+inline constexpr float kLargestSpread = 180.f;
+
+/// The logits of a pair out of the products S of the student's and T of the teacher's vectors:
+///   t = teacher T,   x = s - t = student (S - T + excess T)
+/// The difference of the raw products is exact where they are close; scaling S and T first would round both.
+struct LogitFactors {
+  float teacher;
+  float student;
+  float excess;  ///< 1 - teacher / student
+};
+
+/// The sums of a row over its other tokens, as planes [B H][kSums][N] of `sums`; e = E_ij weight_j:
+///   sum e,   sum e x / student,   sum e phi(x),   phi(x) = e^x - 1 - x (x in nats)
+inline constexpr int kSums = 3;
+
+/// How much of the plane a block of rows visits.
+enum class Traversal : int {
+  kTriangular,  ///< each pair once, for its row and its column: sums and gradients meet in atomic additions
+  kRows,        ///< every pair for its row: twice the work, no order of additions that could change
+};
+
+struct TriangularForwardParams {
+  Vectors student;
+  Vectors teacher;
+  int batch;
+  int heads;
+  int tokens;
+  bool causal;  ///< keys j <= i; visited once by either traversal
+  Traversal traversal;
+  const uint8_t* mask;  ///< [B, N] 1 = a real token; null: all are
+  LogitFactors factors;
+  const ForwardToken* token_values;  ///< [B H, N]
+  const int* wide_heads;             ///< [B H] 1: left to the dense kernels
+  float* sums;                       ///< [B H, kSums, N], zero before
+};
+
+struct TriangularBackwardParams {
+  Vectors student;
+  Vectors teacher;
+  int batch;
+  int heads;
+  int tokens;
+  bool causal;  ///< pairs with j <= i as rows only: H_ij = G_ij
+  Traversal traversal;
+  const uint8_t* mask;  ///< [B, N]
+  LogitFactors factors;
+  const BackwardToken* token_values;  ///< [B H, N]
+  const int* wide_heads;              ///< [B H]
+  float* gradient;                    ///< [B H, N, D] sum_j H_ij x_j, without the scale; zero before
+};
+
+/// Before the forward: values of the tokens, one block of threads for each head.
+struct PrepareForwardParams {
+  Vectors student;
+  Vectors teacher;
+  int batch;
+  int heads;
+  int tokens;
+  const uint8_t* mask;   ///< [B, N]
+  double scale_student;  ///< of the logits, nats
+  double scale_teacher;
+  ForwardToken* token_values;  ///< [B H, N]
+  OwnLogit* own;               ///< [B H, N]
+  float* centers;              ///< [B H]
+  int* wide_heads;             ///< [B H]
+};
+
+/// After the forward: results of the rows, and the list of those that the dense kernels compute again.
+struct FinishForwardParams {
+  int batch;
+  int heads;
+  Visibility visibility;
+  LogitFactors factors;
+  const ForwardToken* token_values;
+  const OwnLogit* own;
+  const float* centers;
+  const int* wide_heads;
+  const float* sums;   ///< [B H, kSums, N]
+  float* kl;           ///< [B H, N] nats
+  float* lse_student;  ///< likewise
+  float* lse_teacher;  ///< likewise
+  int* row_counts;     ///< [B H] rows listed, zero before
+  int* row_lists;      ///< [B H, N]
+};
+
+/// Before the backward: values of the tokens, one block of threads for each head.
+struct PrepareBackwardParams {
+  int batch;
+  int heads;
+  Visibility visibility;
+  const float* grad_kl;       ///< [B H, N]
+  const float* lse_student;   ///< likewise, nats
+  const float* lse_teacher;   ///< likewise
+  const float* largest_grad;  ///< max |grad_kl|, for half only
+  BackwardToken* token_values;
+  int* wide_heads;  ///< [B H]
+};
+
+/// After the backward: the sums in float become the gradient, of the student's type.
+struct FinishBackwardParams {
+  Scalar type;
+  int batch;
+  int heads;
+  int tokens;
+  int dim;
+  double output_scale;
+  const float* largest_grad;
+  const int* wide_heads;
+  const float* sums;  ///< [B H, N, D]
+  void* gradient;     ///< [B H, N, D]
+  RedoMarks redo;
+};
+
+}  // namespace linearard::cuda

@@ -1,0 +1,171 @@
+#include "cuda/triangular.h"
+
+#include <cstdlib>
+#include <string_view>
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <triangular/launch.h>
+
+namespace linearard::cuda {
+namespace {
+
+/// The allocator rounds every block up to 512 bytes.
+constexpr int64_t kRounding = 512;
+
+/// Off by default until their tests have passed on a GPU: LINEARARD_TRIANGULAR=1 turns them on.
+bool are_enabled() {
+  static const bool enabled = [] {
+    const char* value = std::getenv("LINEARARD_TRIANGULAR");
+    return value != nullptr && std::string_view(value) == "1";
+  }();
+  return enabled;
+}
+
+bool is_eligible(const Problem& p) {
+  return are_enabled() && p.relation && !p.packed && !p.float64() &&
+         p.divergence == linearard::Divergence::kForwardKL && p.scale_student > 0 && p.scale_teacher > 0;
+}
+
+LogitFactors factors_of(const Problem& p) {
+  constexpr double kUnit = 1.4426950408889634;  // log2(e)
+  return {static_cast<float>(p.scale_teacher * kUnit), static_cast<float>(p.scale_student * kUnit),
+          static_cast<float>((p.scale_student - p.scale_teacher) / p.scale_student)};
+}
+
+/// What both directions have in common.
+template <typename Params>
+Params params_of(const Problem& p) {
+  Params params{};
+  params.student = vectors_of(p.student_rows, p.heads());
+  params.teacher = vectors_of(p.teacher_rows, p.heads());
+  params.batch = narrow(p.batch());
+  params.heads = narrow(p.heads());
+  params.tokens = narrow(p.rows());
+  params.causal = p.memory.visibility.causal;
+  params.traversal = p.deterministic ? Traversal::kRows : Traversal::kTriangular;
+  params.mask = p.memory.visibility.row_mask;
+  params.factors = factors_of(p);
+  return params;
+}
+
+/// One block of memory, given away part by part.
+class Arena {
+ public:
+  explicit Arena(at::Tensor memory) : memory_(std::move(memory)), next_(memory_.mutable_data_ptr<float>()) {}
+
+  template <typename T>
+  T* take(int64_t count) {
+    static_assert(sizeof(T) % sizeof(float) == 0 && alignof(T) <= 16);
+    T* begin = reinterpret_cast<T*>(next_);
+    next_ += count * static_cast<int64_t>(sizeof(T) / sizeof(float));
+    return begin;
+  }
+
+  const at::Tensor& memory() const { return memory_; }
+
+ private:
+  at::Tensor memory_;
+  float* next_;
+};
+
+at::TensorOptions floats(const at::Device& device) { return at::TensorOptions().device(device).dtype(at::kFloat); }
+
+template <typename T>
+constexpr int64_t kFloats = static_cast<int64_t>(sizeof(T) / sizeof(float));
+
+/// Floats per head that have to be zero before the kernels, and others.
+int64_t zeroed_forward(int64_t tokens) { return kSums * tokens + 1; }
+int64_t written_forward(int64_t tokens) { return (kFloats<ForwardToken> + kFloats<OwnLogit> + 1) * tokens + 2; }
+int64_t written_backward(int64_t tokens) { return kFloats<BackwardToken> * tokens + 1; }
+
+}  // namespace
+
+std::optional<ListedRows> triangular_forward(const Problem& problem, const RowTensors& to) {
+  if (!is_eligible(problem)) return std::nullopt;
+  auto params = params_of<TriangularForwardParams>(problem);
+  if (!triangular::takes(params)) return std::nullopt;
+
+  const at::Device device = problem.device();
+  const int64_t tokens = problem.rows();
+  const int64_t problems = problem.batch() * problem.heads();
+  Arena zeroed(at::zeros({problems * zeroed_forward(tokens)}, floats(device)));
+  Arena written(at::empty({problems * written_forward(tokens)}, floats(device)));
+  auto* sums = zeroed.take<float>(problems * kSums * tokens);
+  auto* counts = zeroed.take<int>(problems);
+  auto* token_values = written.take<ForwardToken>(problems * tokens);
+  auto* own = written.take<OwnLogit>(problems * tokens);
+  auto* centers = written.take<float>(problems);
+  auto* wide_heads = written.take<int>(problems);
+  auto* lists = written.take<int>(problems * tokens);
+
+  constexpr const char* kAction = "forward";
+  const cudaStream_t stream = current_stream(device);
+  check_launch(triangular::prepare_forward(
+                   {params.student, params.teacher, params.batch, params.heads, params.tokens, params.mask,
+                    problem.scale_student, problem.scale_teacher, token_values, own, centers, wide_heads},
+                   stream),
+               kAction, device);
+  params.token_values = token_values;
+  params.wide_heads = wide_heads;
+  params.sums = sums;
+  check_launch(triangular::forward(params, stream), kAction, device);
+  check_launch(triangular::finish_forward(
+                   {params.batch, params.heads, problem.memory.visibility, params.factors, token_values, own, centers,
+                    wide_heads, sums, to.kl.mutable_data_ptr<float>(), to.lse_student.mutable_data_ptr<float>(),
+                    to.lse_teacher.mutable_data_ptr<float>(), counts, lists},
+                   stream),
+               kAction, device);
+  return ListedRows{zeroed.memory(), written.memory(), counts, lists};
+}
+
+std::optional<LeftHeads> triangular_backward(const Problem& problem, const TriangularGradient& to) {
+  if (!is_eligible(problem)) return std::nullopt;
+  auto params = params_of<TriangularBackwardParams>(problem);
+  if (!triangular::takes(params)) return std::nullopt;
+
+  const at::Device device = problem.device();
+  const int64_t tokens = problem.rows();
+  const int64_t problems = problem.batch() * problem.heads();
+  const at::Tensor sums = at::zeros({problems * tokens * params.student.dim}, floats(device));
+  Arena written(at::empty({problems * written_backward(tokens)}, floats(device)));
+  auto* token_values = written.take<BackwardToken>(problems * tokens);
+  auto* wide_heads = written.take<int>(problems);
+
+  constexpr const char* kAction = "backward";
+  const cudaStream_t stream = current_stream(device);
+  check_launch(
+      triangular::prepare_backward({params.batch, params.heads, problem.memory.visibility,
+                                    to.grad_kl.const_data_ptr<float>(), to.lse_student.const_data_ptr<float>(),
+                                    to.lse_teacher.const_data_ptr<float>(), to.largest_grad, token_values, wide_heads},
+                                   stream),
+      kAction, device);
+  params.token_values = token_values;
+  params.wide_heads = wide_heads;
+  params.gradient = sums.mutable_data_ptr<float>();
+  check_launch(triangular::backward(params, stream), kAction, device);
+  check_launch(triangular::finish_backward(
+                   {params.student.type, params.batch, params.heads, params.tokens, params.student.dim, to.output_scale,
+                    to.largest_grad, wide_heads, params.gradient, to.gradient.mutable_data_ptr(), to.redo},
+                   stream),
+               kAction, device);
+  return LeftHeads{written.memory(), wide_heads};
+}
+
+TriangularWorkspace triangular_workspace(const Problem& problem) {
+  if (!is_eligible(problem)) return {0, 0};
+  const int64_t tokens = problem.rows();
+  const int64_t problems = problem.batch() * problem.heads();
+  TriangularWorkspace bytes{0, 0};
+  if (triangular::takes(params_of<TriangularForwardParams>(problem))) {
+    bytes.forward = problems * (zeroed_forward(tokens) + written_forward(tokens)) * 4 + 2 * kRounding;
+  }
+  if (triangular::takes(params_of<TriangularBackwardParams>(problem))) {
+    const int64_t dim = problem.student_rows.size(3);
+    bytes.backward = problems * (written_backward(tokens) + tokens * dim) * 4 + 2 * kRounding;
+  }
+  return bytes;
+}
+
+}  // namespace linearard::cuda

@@ -1,0 +1,50 @@
+#pragma once
+
+#include <optional>
+
+#include "cuda/problem.h"
+
+// The host side of cuda/triangular: self-relations of one 16-bit type and the forward KL, dense or causal, with padding
+// but not packed.
+
+namespace linearard::cuda {
+
+/// What a triangular forward leaves to the dense kernels: rows that need another computation, as ForwardParams takes
+/// them.
+struct ListedRows {
+  at::Tensor counts_memory;
+  at::Tensor lists_memory;
+  const int* counts;
+  const int* lists;
+};
+
+/// Writes the rows of a problem. Empty where the triangular kernels do not take it; nothing is written then.
+std::optional<ListedRows> triangular_forward(const Problem& problem, const RowTensors& to);
+
+/// Heads whose gradient is left to the dense kernels, as BackwardParams takes them.
+struct LeftHeads {
+  at::Tensor memory;
+  const int* heads;
+};
+
+struct TriangularGradient {
+  const at::Tensor& grad_kl;      ///< [B, H, N] float, contiguous
+  const at::Tensor& lse_student;  ///< likewise
+  const at::Tensor& lse_teacher;  ///< likewise
+  const float* largest_grad;      ///< null but for half
+  double output_scale;
+  const at::Tensor& gradient;  ///< [B, H, N, D] of the student's type, contiguous: written
+  RedoMarks redo;
+};
+
+/// Writes the gradient of a problem. Empty where the triangular kernels do not take it; nothing is written then.
+std::optional<LeftHeads> triangular_backward(const Problem& problem, const TriangularGradient& to);
+
+/// Upper bounds on the memory of both, for the plan; 0 where the kernels do not take the problem.
+struct TriangularWorkspace {
+  int64_t forward;
+  int64_t backward;
+};
+TriangularWorkspace triangular_workspace(const Problem& problem);
+
+}  // namespace linearard::cuda

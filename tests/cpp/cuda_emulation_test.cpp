@@ -1,0 +1,158 @@
+#include <tuple>
+
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include <emulation/block.h>
+#include <instantiations/declarations.h>
+
+#include "kernel_parameters.h"
+#include "reference.h"
+
+// The tensor-core kernels of cuda/mma, run on the CPU by tests/emulation, against float64.
+
+namespace linearard {
+namespace {
+
+using testing::gaussian;
+using testing::gradient_promise;
+using testing::KernelProblem;
+using testing::relative_error;
+using testing::row_excess;
+using testing::student_and_teacher;
+
+cudaError_t launch(const cuda::ForwardParams& params, at::ScalarType type, int64_t dim) {
+  if (type == at::kHalf) {
+    return dim <= 64 ? cuda::mma::launch_forward<__half, 64>(params, nullptr)
+                     : cuda::mma::launch_forward<__half, 128>(params, nullptr);
+  }
+  return dim <= 64 ? cuda::mma::launch_forward<__nv_bfloat16, 64>(params, nullptr)
+                   : cuda::mma::launch_forward<__nv_bfloat16, 128>(params, nullptr);
+}
+
+cudaError_t launch(const cuda::BackwardParams& params, at::ScalarType type, int64_t dim) {
+  if (type == at::kHalf) {
+    return dim <= 64 ? cuda::mma::launch_backward<__half, 64>(params, nullptr)
+                     : cuda::mma::launch_backward<__half, 128>(params, nullptr);
+  }
+  return dim <= 64 ? cuda::mma::launch_backward<__nv_bfloat16, 64>(params, nullptr)
+                   : cuda::mma::launch_backward<__nv_bfloat16, 128>(params, nullptr);
+}
+
+testing::ForwardResult run_forward(const KernelProblem& problem) {
+  const testing::ForwardResult result = testing::empty_result(problem);
+  const at::Tensor& x = problem.student_rows;
+  EXPECT_EQ(launch(testing::forward_params(problem, result), x.scalar_type(), x.size(3)), cudaSuccess);
+  EXPECT_EQ(result.marks.sum().item<int64_t>(), 0);
+  return result;
+}
+
+at::Tensor run_backward(cuda::BackwardParams params, const at::Tensor& owners, const at::Tensor& grad_kl) {
+  const at::Tensor gradient = at::full_like(owners, std::numeric_limits<double>::quiet_NaN());
+  const at::Tensor marks = testing::clear_marks(owners.size(0) * owners.size(1), owners.size(2));
+  const at::Tensor largest = grad_kl.abs().max();
+  params.gradient = gradient.mutable_data_ptr();
+  params.redo = marks.mutable_data_ptr<int>();
+  if (owners.scalar_type() == at::kHalf) params.largest_grad = largest.const_data_ptr<float>();
+  EXPECT_EQ(launch(params, owners.scalar_type(), owners.size(3)), cudaSuccess);
+  EXPECT_EQ(marks.sum().item<int64_t>(), 0);
+  return gradient;
+}
+
+at::Tensor weights_for(const at::Tensor& kl) { return at::linspace(-0.5, 1.0, kl.numel(), at::kFloat).view_as(kl); }
+
+void expect_rows(const testing::ForwardResult& result, const std::tuple<at::Tensor, at::Tensor, at::Tensor>& exact) {
+  EXPECT_LE(row_excess(result.kl, std::get<0>(exact)), 0.0);
+  EXPECT_LE(row_excess(result.lse_student, std::get<1>(exact)), 0.0);
+  EXPECT_LE(row_excess(result.lse_teacher, std::get<2>(exact)), 0.0);
+}
+
+struct RelationCase {
+  at::ScalarType type;
+  int64_t dim;
+  bool causal;
+  bool mask;
+};
+
+class EmulatedRelation : public ::testing::TestWithParam<RelationCase> {};
+
+TEST_P(EmulatedRelation, AgreesWithFloat64) {
+  const RelationCase& c = GetParam();
+  const auto [student, teacher] = student_and_teacher(2, 1, 150, c.dim, c.type);
+  auto options = RelationOptions{}.causal(c.causal);
+  std::optional<at::Tensor> mask;
+  if (c.mask) {
+    mask = (at::arange(150).unsqueeze(0) < at::tensor({150, 97}).unsqueeze(1)) & (at::arange(150) != 40);
+    options.key_padding_mask(*mask);
+  }
+  const KernelProblem problem = testing::relation_problem(student, teacher, c.causal, mask);
+  const auto result = run_forward(problem);
+  const at::Tensor exact_student = student.to(at::kDouble).requires_grad_();
+  const auto exact = testing::reference_relation(exact_student, teacher, options);
+  expect_rows(result, exact);
+
+  const at::Tensor weights = weights_for(result.kl);
+  const at::Tensor gradient = run_backward(testing::row_gradient_params(problem, weights, result), student, weights);
+  (std::get<0>(exact) * weights).sum().backward();
+  EXPECT_LE(relative_error(gradient, exact_student.grad()), gradient_promise(c.type));
+}
+
+INSTANTIATE_TEST_SUITE_P(,
+                         EmulatedRelation,
+                         ::testing::Values(RelationCase{at::kBFloat16, 64, false, false},
+                                           RelationCase{at::kBFloat16, 128, true, false},
+                                           RelationCase{at::kBFloat16, 64, true, true},
+                                           RelationCase{at::kBFloat16, 128, false, true},
+                                           RelationCase{at::kHalf, 64, true, false},
+                                           RelationCase{at::kHalf, 128, false, false},
+                                           RelationCase{at::kBFloat16, 61, false, false},
+                                           RelationCase{at::kHalf, 72, true, true}),
+                         [](const auto& info) {
+                           return std::string(at::toString(info.param.type)) + std::to_string(info.param.dim) +
+                                  (info.param.causal ? "Causal" : "Dense") + (info.param.mask ? "Masked" : "");
+                         });
+
+TEST(EmulatedAttention, GroupedHeadsAgreeWithFloat64) {
+  for (const bool causal : {false, true}) {
+    SCOPED_TRACE(causal);
+    const auto [query, query_teacher] = student_and_teacher(1, 4, 75, 64, at::kBFloat16);
+    const auto [key, key_teacher] = student_and_teacher(1, 2, 110, 64, at::kBFloat16);
+    const KernelProblem problem = testing::attention_problem(query, key, query_teacher, key_teacher, causal);
+    const auto result = run_forward(problem);
+    const at::Tensor exact_query = query.to(at::kDouble).requires_grad_();
+    const at::Tensor exact_key = key.to(at::kDouble).requires_grad_();
+    const auto exact = testing::reference_attention(exact_query, exact_key, query_teacher, key_teacher,
+                                                    AttentionOptions{}.causal(causal));
+    expect_rows(result, exact);
+
+    const at::Tensor weights = weights_for(result.kl);
+    (std::get<0>(exact) * weights).sum().backward();
+    EXPECT_LE(relative_error(run_backward(testing::row_gradient_params(problem, weights, result), query, weights),
+                             exact_query.grad()),
+              gradient_promise(at::kBFloat16));
+    EXPECT_LE(relative_error(run_backward(testing::key_gradient_params(problem, weights, result), key, weights),
+                             exact_key.grad()),
+              gradient_promise(at::kBFloat16));
+  }
+}
+
+/// Whatever warp goes first, the bits are the same: no sum depends on the order, and no barrier is missing.
+TEST(EmulatedSchedule, DoesNotChangeTheResult) {
+  const auto [student, teacher] = student_and_teacher(1, 1, 140, 64, at::kBFloat16);
+  const KernelProblem problem = testing::relation_problem(student, teacher, true);
+  const auto first = run_forward(problem);
+  const at::Tensor weights = weights_for(first.kl);
+  const auto gradient = [&] {
+    return run_backward(testing::row_gradient_params(problem, weights, first), student, weights);
+  };
+  const at::Tensor first_gradient = gradient();
+  for (const uint32_t seed : {1u, 2u, 3u}) {
+    emulation::set_schedule(seed);
+    EXPECT_TRUE(at::equal(run_forward(problem).kl, first.kl));
+    EXPECT_TRUE(at::equal(gradient(), first_gradient));
+  }
+  emulation::set_schedule(0);
+}
+
+}  // namespace
+}  // namespace linearard
