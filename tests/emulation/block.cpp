@@ -1,5 +1,6 @@
 #include "block.h"
 
+#include <algorithm>
 #include <deque>
 #include <list>
 #include <map>
@@ -173,14 +174,20 @@ void run_threads() {
       for (int i = warp * kWarpSize; i < std::min(b.count, (warp + 1) * kWarpSize); ++i)
         if (b.threads[i].state == State::kReady) run_thread(i);
     } else if (!b.deferred.empty()) {
-      const std::function<void()> work = std::move(b.deferred.front());
-      b.deferred.pop_front();
+      const size_t which = b.seed == 0 ? 0 : b.random() % b.deferred.size();
+      const std::function<void()> work = std::move(b.deferred[which]);
+      b.deferred.erase(b.deferred.begin() + static_cast<std::ptrdiff_t>(which));
       work();
       if (!b.error.empty()) throw Error(b.error);
     } else {
-      throw Error("deadlock: no thread of block " + std::to_string(blockIdx.x) + " can go on" + where_threads_wait());
+      std::string text = "deadlock: no thread of block " + std::to_string(blockIdx.x) + " can go on";
+      text += where_threads_wait();
+      for (const Hooks& hooks : b.hooks)
+        if (hooks.explain_deadlock) text += hooks.explain_deadlock();
+      throw Error(text);
     }
   }
+  if (!b.deferred.empty()) throw Error("a block has ended before its asynchronous copies have landed");
 }
 
 void run_block(size_t shared_bytes) {
@@ -262,19 +269,26 @@ void** meet(const char* what, int first, int size, uint32_t mask, bool aligned, 
   const int self = b.running;
   if (first + size > b.count) fail(std::string(what) + ": the block ends within the warp or warpgroup", at);
   if ((mask >> self % kWarpSize & 1u) == 0) fail(std::string(what) + ": the mask lacks the lane that uses it", at);
-  auto meeting = b.meetings.begin();
-  while (meeting != b.meetings.end() && !meeting->expects(self))
-    ++meeting;
+  auto meeting = b.meetings.end();
+  for (auto other = b.meetings.begin(); other != b.meetings.end(); ++other) {
+    if (!other->expects(self)) continue;
+    const bool same = other->what == std::string(what) && other->first == first && other->size == size &&
+                      other->mask == mask && (!aligned || place(other->at) == place(at));
+    if (same) meeting = other;
+    // Other warps of a warpgroup may come later.
+    const bool of_my_warp = std::any_of(other->threads.begin(), other->threads.end(),
+                                        [&](int thread) { return thread / kWarpSize == self / kWarpSize; });
+    const bool of_my_group = other->size == size && size > kWarpSize;
+    if (!same && (of_my_warp || of_my_group)) {
+      fail(std::string(what) + ": threads that go together diverge: others are in " + other->what + " at " +
+               place(other->at) + where_threads_wait(),
+           at);
+    }
+  }
   if (meeting == b.meetings.end()) {
     const int expected = size / kWarpSize * __builtin_popcount(mask);
     b.meetings.push_back({what, first, size, mask, at, expected, std::vector<void*>(size), {}});
     meeting = std::prev(b.meetings.end());
-  }
-  const bool same_line = meeting->at.line() == at.line() && place(meeting->at) == place(at);
-  if (meeting->what != std::string(what) || meeting->mask != mask || meeting->size != size || (aligned && !same_line)) {
-    fail(std::string(what) + ": the threads of a warp diverge: others are in " + meeting->what + " at " +
-             place(meeting->at) + where_threads_wait(),
-         at);
   }
   for (int i = first; i < first + size; ++i) {
     if (meeting->expects(i) && b.threads[i].state == State::kEnded) {

@@ -52,10 +52,12 @@ void wake(int thread);
 /// Work of the asynchronous units (the copy engine): done when no thread can go on, that is as late as possible.
 void defer(std::function<void()> work);
 
-/// Called for the running thread when its kernel returns, and when a block begins and ends.
+/// What the parts of the emulation do when a block begins and when the kernel of the running thread returns, and what
+/// they say of a deadlock.
 struct Hooks {
   std::function<void(size_t shared_bytes)> block_begins;
   std::function<void()> thread_ends;
+  std::function<std::string()> explain_deadlock;
 };
 void add_hooks(Hooks hooks);
 

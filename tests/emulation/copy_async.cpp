@@ -27,7 +27,7 @@ std::map<int, ThreadCopies>& copies() {
 }
 
 [[maybe_unused]] const bool kHooked = [] {
-  add_hooks({[](size_t) { copies().clear(); }, nullptr});
+  add_hooks({[](size_t) { copies().clear(); }, nullptr, nullptr});
   return true;
 }();
 

@@ -67,7 +67,8 @@ void store_matrices(uint32_t shared, const uint32_t (&registers)[kCount], bool t
         set_fragment(matrix, lane, lanes[lane]->registers[m]);
       if (transpose) matrix = transposed(matrix);
       for (int row = 0; row < 8; ++row)
-        __builtin_memcpy(shared_access(lanes[m * 8 + row]->address, 16, 16, at), matrix[row].data(), 16);
+        __builtin_memcpy(matrix_write(lanes[m * 8 + row]->address, 16, this_warp() * kWarpSize + m * 8 + row, at),
+                         matrix[row].data(), 16);
     }
   });
 }

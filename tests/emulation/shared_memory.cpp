@@ -1,8 +1,10 @@
 #include "shared_memory.h"
 
 #include <algorithm>
+#include <array>
 #include <bitset>
 #include <cstring>
+#include <vector>
 
 namespace linearard::emulation {
 namespace {
@@ -16,6 +18,13 @@ struct Memory {
   alignas(1024) char bytes[kLargest];
   size_t size = 0;
   std::bitset<kLargest / kGranule> in_flight;
+  std::array<int, kLargest / kGranule> unfenced;  ///< the thread that has written and not fenced, or -1
+  std::vector<std::vector<size_t>> written;       ///< by each thread since its last fence
+};
+
+struct Granules {
+  size_t first;
+  size_t end;
 };
 
 Memory& memory() {
@@ -24,8 +33,7 @@ Memory& memory() {
 }
 
 std::string range_of(uint32_t address, size_t bytes) {
-  return std::to_string(bytes) + " bytes at offset " + std::to_string(static_cast<int64_t>(address) - kBase) +
-         " of shared memory";
+  return std::to_string(bytes) + " bytes at offset " + std::to_string(offset_of(address)) + " of shared memory";
 }
 
 void begin_block(size_t bytes) {
@@ -34,10 +42,12 @@ void begin_block(size_t bytes) {
   m.size = bytes;
   std::fill_n(m.bytes, kLargest, static_cast<char>(kPoison));
   m.in_flight.reset();
+  m.unfenced.fill(-1);
+  m.written.assign(thread_count(), {});
 }
 
 [[maybe_unused]] const bool kHooked = [] {
-  add_hooks({begin_block, nullptr});
+  add_hooks({begin_block, nullptr, nullptr});
   return true;
 }();
 
@@ -52,21 +62,9 @@ char* checked(uint32_t address, size_t bytes, size_t alignment, const Location& 
   return m.bytes + (address - kBase);
 }
 
-bool any_in_flight(const char* from, size_t bytes) {
-  const Memory& m = memory();
-  const size_t first = (from - m.bytes) / kGranule;
-  const size_t end = (from - m.bytes + bytes + kGranule - 1) / kGranule;
-  for (size_t i = first; i < end; ++i)
-    if (m.in_flight[i]) return true;
-  return false;
-}
-
-void mark(const char* from, size_t bytes, bool in_flight) {
-  Memory& m = memory();
-  const size_t first = (from - m.bytes) / kGranule;
-  const size_t end = (from - m.bytes + bytes + kGranule - 1) / kGranule;
-  for (size_t i = first; i < end; ++i)
-    m.in_flight[i] = in_flight;
+Granules granules_of(const char* from, size_t bytes) {
+  const size_t offset = from - memory().bytes;
+  return {offset / kGranule, (offset + bytes + kGranule - 1) / kGranule};
 }
 
 }  // namespace
@@ -81,21 +79,63 @@ uint32_t shared_address_of(const void* pointer, const Location& at) {
   return kBase + static_cast<uint32_t>(offset);
 }
 
+int64_t offset_of(uint32_t address) { return static_cast<int64_t>(address) - kBase; }
+
 char* shared_access(uint32_t address, size_t bytes, size_t alignment, const Location& at) {
   char* const pointer = checked(address, bytes, alignment, at);
-  if (any_in_flight(pointer, bytes)) fail(range_of(address, bytes) + " wait for an asynchronous copy to land", at);
+  const Granules granules = granules_of(pointer, bytes);
+  for (size_t i = granules.first; i < granules.end; ++i) {
+    if (memory().in_flight[i]) fail(range_of(address, bytes) + " wait for an asynchronous copy to land", at);
+  }
+  return pointer;
+}
+
+char* matrix_write(uint32_t address, size_t bytes, int thread, const Location& at) {
+  char* const pointer = shared_access(address, bytes, bytes, at);
+  const Granules granules = granules_of(pointer, bytes);
+  for (size_t i = granules.first; i < granules.end; ++i) {
+    memory().unfenced[i] = thread;
+    memory().written[thread].push_back(i);
+  }
+  return pointer;
+}
+
+void fence_async_proxy() {
+  Memory& m = memory();
+  const int thread = this_thread();
+  for (const size_t i : m.written[thread])
+    if (m.unfenced[i] == thread) m.unfenced[i] = -1;
+  m.written[thread].clear();
+}
+
+const char* async_read(uint32_t address, size_t bytes, size_t alignment, const Location& at) {
+  const char* const pointer = shared_access(address, bytes, alignment, at);
+  const Granules granules = granules_of(pointer, bytes);
+  for (size_t i = granules.first; i < granules.end; ++i) {
+    if (memory().unfenced[i] >= 0) {
+      fail(range_of(address, bytes) + ": no fence.proxy.async since thread " + std::to_string(memory().unfenced[i]) +
+               " wrote them",
+           at);
+    }
+  }
   return pointer;
 }
 
 void copy_begins(uint32_t address, size_t bytes, const Location& at) {
   char* const pointer = shared_access(address, bytes, kGranule, at);
   std::memset(pointer, kPoison, bytes);
-  mark(pointer, bytes, true);
+  const Granules granules = granules_of(pointer, bytes);
+  for (size_t i = granules.first; i < granules.end; ++i) {
+    memory().in_flight[i] = true;
+    memory().unfenced[i] = -1;
+  }
 }
 
 char* copy_lands(uint32_t address, size_t bytes) {
-  char* const pointer = memory().bytes + (address - kBase);
-  mark(pointer, bytes, false);
+  char* const pointer = memory().bytes + offset_of(address);
+  const Granules granules = granules_of(pointer, bytes);
+  for (size_t i = granules.first; i < granules.end; ++i)
+    memory().in_flight[i] = false;
   return pointer;
 }
 

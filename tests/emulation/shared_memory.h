@@ -31,6 +31,18 @@ void write_shared(uint32_t address, T value, const Location& at) {
   __builtin_memcpy(shared_access(address, sizeof(T), sizeof(T), at), &value, sizeof(T));
 }
 
+/// Position within dynamic shared memory, for messages.
+int64_t offset_of(uint32_t address);
+
+/// A matrix instruction's thread writes these bytes: the copy engine and the tensor cores of sm_90 see them after a
+/// fence of that thread. Writes through pointers are not followed.
+char* matrix_write(uint32_t address, size_t bytes, int thread, const Location& at);
+/// fence.proxy.async of the running thread.
+void fence_async_proxy();
+/// Memory that the copy engine or the tensor cores of sm_90 read. Fails where shared_access does and where a fence is
+/// missing.
+const char* async_read(uint32_t address, size_t bytes, size_t alignment, const Location& at);
+
 /// An asynchronous copy to these bytes begins: they hold NaN, and nothing may touch them until it has landed.
 void copy_begins(uint32_t address, size_t bytes, const Location& at);
 /// It has landed: the bytes may be used. Returns the memory, for the copy itself.
