@@ -1,5 +1,8 @@
 #pragma once
 
+#include <climits>
+#include <cstdint>
+
 #include <cuda_runtime_api.h>
 
 // The one place where a kernel is launched.
@@ -31,3 +34,20 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...),
 }  // namespace linearard::cuda
 
 #endif
+
+namespace linearard::cuda {
+
+/// The same for a grid of one dimension that may be too large, or empty.
+template <typename Params>
+cudaError_t launch_blocks(void (*kernel)(const Params),
+                          const Params& params,
+                          int64_t blocks,
+                          int threads,
+                          int shared_bytes,
+                          cudaStream_t stream) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
+  return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, stream, params);
+}
+
+}  // namespace linearard::cuda

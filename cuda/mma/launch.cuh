@@ -1,7 +1,5 @@
 #pragma once
 
-#include <climits>
-
 #include "../common/launch.cuh"
 #include "backward.cuh"
 #include "forward.cuh"
@@ -11,13 +9,6 @@ namespace linearard::cuda::mma {
 /// Rows of a warp in slabs of 16: two while the gradient of 32 rows fits into registers.
 template <int kDim>
 inline constexpr int kSlabsFor = kDim <= 128 ? 2 : 1;
-
-template <typename Params>
-cudaError_t launch_blocks(
-    void (*kernel)(const Params), const Params& params, int64_t blocks, int shared_bytes, cudaStream_t stream) {
-  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
-  return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, shared_bytes, stream, params);
-}
 
 /// Defined in instantiations/, one file for each dtype and dimension.
 template <typename T, int kDim>
@@ -32,14 +23,14 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream);
     using K = Forward<T, kDim, kSlabsFor<kDim>>;                                                                  \
     const int64_t blocks = (static_cast<int64_t>(params.visibility.rows) + K::kOwners - 1) / K::kOwners;          \
     return launch_blocks(forward_kernel<T, kDim, kSlabsFor<kDim>>, params, blocks * params.batch * params.heads,  \
-                         K::kSharedBytes, stream);                                                                \
+                         kThreads, K::kSharedBytes, stream);                                                      \
   }                                                                                                               \
   template <>                                                                                                     \
   cudaError_t launch_backward<T, kDim>(const BackwardParams& params, cudaStream_t stream) {                       \
     using K = Backward<T, kDim, kSlabsFor<kDim>>;                                                                 \
     const int64_t blocks = (static_cast<int64_t>(K::owner_count(params)) + K::kOwners - 1) / K::kOwners;          \
     return launch_blocks(backward_kernel<T, kDim, kSlabsFor<kDim>>, params, blocks * params.batch * params.heads, \
-                         K::kSharedBytes, stream);                                                                \
+                         kThreads, K::kSharedBytes, stream);                                                      \
   }                                                                                                               \
   }
 

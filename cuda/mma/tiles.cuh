@@ -91,7 +91,7 @@ __device__ void load_tokens(uint32_t shared,
       load(piece, false);
     return;
   }
-#pragma unroll
+#pragma unroll 4
   for (int base = 0; base < kPieces; base += kThreads) {
     const int piece = base + static_cast<int>(threadIdx.x);
     if (kPieces % kThreads == 0 || piece < kPieces) load(piece, true);

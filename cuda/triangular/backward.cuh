@@ -42,11 +42,7 @@ class Backward {
   float gradient_[kSlabs][kDim / 8][4] = {};
 
   __device__ Backward(const TriangularBackwardParams& p, char* shared, int problem, int first)
-      : p_(p),
-        shared_(shared_address(shared)),
-        memory_(shared),
-        problem_(problem),
-        first_(first) {}
+      : p_(p), shared_(shared_address(shared)), memory_(shared), problem_(problem), first_(first) {}
 
   __device__ const uint8_t* mask() const {
     return p_.mask == nullptr ? nullptr : p_.mask + static_cast<int64_t>(problem_ / p_.heads) * p_.tokens;
@@ -83,12 +79,10 @@ class Backward {
   }
 
   __device__ void run_block() {
-    const int batch = problem_ / p_.heads;
-    const int head = problem_ % p_.heads;
-    mma::load_tokens<T, kDim, kOwners>(shared_, head_of<T>(p_.student, batch, head), p_.student, first_, p_.tokens,
-                                       mask());
-    mma::load_tokens<T, kDim, kOwners>(shared_ + S::kOwnerTeacher, head_of<T>(p_.teacher, batch, head), p_.teacher,
-                                       first_, p_.tokens, mask());
+    TileLoader<T, kDim, kOwners>(p_.student, problem_ / p_.heads, problem_ % p_.heads, p_.tokens, mask())
+        .load(shared_, first_);
+    TileLoader<T, kDim, kOwners>(p_.teacher, problem_ / p_.heads, problem_ % p_.heads, p_.tokens, mask())
+        .load(shared_ + S::kOwnerTeacher, first_);
     if (threadIdx.x < kOwners) load_value(owners() + threadIdx.x, first_ + static_cast<int>(threadIdx.x));
 
     const int tiles = (p_.tokens + kTile - 1) / kTile;
@@ -146,14 +140,14 @@ class Backward {
     const BackwardToken* values = columns(tile % kStages);
     const bool both_halves = p_.traversal == Traversal::kRows;
 #pragma unroll
-    for (int n = 0; n < kChunkGroups; ++n) {
-      const BackwardToken pair[2] = {values[mma::column_of(n, 0)], values[mma::column_of(n, 1)]};
+    for (int m = 0; m < kSlabs; ++m) {
+      const BackwardToken rows[2] = {owners()[row_in_block(m, 0)], owners()[row_in_block(m, 1)]};
 #pragma unroll
-      for (int m = 0; m < kSlabs; ++m) {
+      for (int n = 0; n < kChunkGroups; ++n) {
+        const BackwardToken pair[2] = {values[mma::column_of(n, 0)], values[mma::column_of(n, 1)]};
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          const BackwardToken row = owners()[row_in_block(m, c / 2)];
-          const auto parts = terms(student[m][n][c], teacher[m][n][c], row, pair[c % 2]);
+          const auto parts = terms(student[m][n][c], teacher[m][n][c], rows[c / 2], pair[c % 2]);
           float weight = parts.first + parts.second;
           if constexpr (kKind == Kind::kRows) weight = parts.first;
           if constexpr (kKind == Kind::kColumns) weight = parts.second;
@@ -261,8 +255,7 @@ class Backward {
           if (pair >= kDimPairs) break;
 #pragma unroll
           for (int n = 0; n < 2; ++n) {
-            add_two<kWhole>(to, pair * 16 + mma::column_of(n, 0), sums[m][i][n][2 * half],
-                            sums[m][i][n][2 * half + 1]);
+            add_two<kWhole>(to, pair * 16 + mma::column_of(n, 0), sums[m][i][n][2 * half], sums[m][i][n][2 * half + 1]);
           }
         }
       }
@@ -301,8 +294,7 @@ class Backward {
 template <typename T, int kDim, int kSlabs>
 __global__ void __launch_bounds__(mma::kThreads, 2)
     backward_kernel(const __grid_constant__ TriangularBackwardParams params) {
-  extern __shared__ __align__(128) char shared[];
-  Backward<T, kDim, kSlabs>::run(params, shared);
+  Backward<T, kDim, kSlabs>::run(params, dynamic_shared_memory());
 }
 
 }  // namespace linearard::cuda::triangular

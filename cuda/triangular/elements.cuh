@@ -61,8 +61,8 @@ struct alignas(16) ColumnPair {
   ForwardToken second;
 };
 
-/// Replaces the products of a chunk by the differences d (student) and the exponents of E (teacher). Returns whether the
-/// series of phi serves for all of the warp's pairs.
+/// Replaces the products of a chunk by the differences d (student) and the exponents of E (teacher). Returns whether
+/// the series of phi serves for all of the warp's pairs.
 template <int kSlabs, typename ColumnOf>
 __device__ bool prepare_chunk(float (&student)[kSlabs][kChunkGroups][4],
                               float (&teacher)[kSlabs][kChunkGroups][4],

@@ -2,7 +2,7 @@
 #include <cuda_fp16.h>
 
 #include "../common/half_range.cuh"
-#include "../common/kernel_launch.cuh"
+#include "../common/launch.cuh"
 #include "../common/rounding.cuh"
 #include "../common/visibility.cuh"
 #include "launch.h"
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) finish_backward_kernel(const __grid_
 
 template <typename Params>
 cudaError_t launch_elements(void (*kernel)(const Params), const Params& params, int64_t elements, cudaStream_t stream) {
-  return launch_kernel(kernel, params, (elements + kThreads - 1) / kThreads, kThreads, 0, stream);
+  return launch_blocks(kernel, params, (elements + kThreads - 1) / kThreads, kThreads, 0, stream);
 }
 
 }  // namespace

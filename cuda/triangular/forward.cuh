@@ -80,11 +80,10 @@ class Forward {
   }
 
   __device__ void run_block() {
-    mma::load_tokens<T, kDim, kOwners>(shared_, head_of<T>(p_.student, problem_ / p_.heads, problem_ % p_.heads),
-                                       p_.student, first_, p_.tokens, mask());
-    mma::load_tokens<T, kDim, kOwners>(shared_ + S::kOwnerTeacher,
-                                       head_of<T>(p_.teacher, problem_ / p_.heads, problem_ % p_.heads), p_.teacher,
-                                       first_, p_.tokens, mask());
+    TileLoader<T, kDim, kOwners>(p_.student, problem_ / p_.heads, problem_ % p_.heads, p_.tokens, mask())
+        .load(shared_, first_);
+    TileLoader<T, kDim, kOwners>(p_.teacher, problem_ / p_.heads, problem_ % p_.heads, p_.tokens, mask())
+        .load(shared_ + S::kOwnerTeacher, first_);
 #pragma unroll
     for (int m = 0; m < kSlabs; ++m) {
 #pragma unroll
@@ -197,8 +196,7 @@ class Forward {
 template <typename T, int kDim, int kSlabs>
 __global__ void __launch_bounds__(mma::kThreads, 2)
     forward_kernel(const __grid_constant__ TriangularForwardParams params) {
-  extern __shared__ __align__(128) char shared[];
-  Forward<T, kDim, kSlabs>::run(params, shared);
+  Forward<T, kDim, kSlabs>::run(params, dynamic_shared_memory());
 }
 
 }  // namespace linearard::cuda::triangular

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../common/kernel_launch.cuh"
+#include "../common/launch.cuh"
 #include "backward.cuh"
 #include "forward.cuh"
 #include "instantiations.h"
@@ -27,7 +27,7 @@ inline int64_t blocks_of(int64_t tokens, int owners, int batch, int heads) {
   template <>                                                                                             \
   cudaError_t launch_forward<T, kDim>(const TriangularForwardParams& params, cudaStream_t stream) {       \
     using K = Forward<T, kDim, kSlabsFor<kDim>>;                                                          \
-    return launch_kernel(forward_kernel<T, kDim, kSlabsFor<kDim>>, params,                                \
+    return launch_blocks(forward_kernel<T, kDim, kSlabsFor<kDim>>, params,                                \
                          blocks_of(params.tokens, K::kOwners, params.batch, params.heads), mma::kThreads, \
                          K::kSharedBytes, stream);                                                        \
   }                                                                                                       \
@@ -42,7 +42,7 @@ inline int64_t blocks_of(int64_t tokens, int owners, int batch, int heads) {
   template <>                                                                                             \
   cudaError_t launch_backward<T, kDim>(const TriangularBackwardParams& params, cudaStream_t stream) {     \
     using K = Backward<T, kDim, kSlabsFor<kDim>>;                                                         \
-    return launch_kernel(backward_kernel<T, kDim, kSlabsFor<kDim>>, params,                               \
+    return launch_blocks(backward_kernel<T, kDim, kSlabsFor<kDim>>, params,                               \
                          blocks_of(params.tokens, K::kOwners, params.batch, params.heads), mma::kThreads, \
                          K::kSharedBytes, stream);                                                        \
   }                                                                                                       \

@@ -9,10 +9,11 @@ namespace linearard::cuda::triangular {
 template <typename T, int kDim, int kRows>
 class TileLoader {
   using Rows = mma::Layout<kDim>;
+  static constexpr int kRowsAtATime = mma::kThreads / Rows::kChunks;
+  // The swizzle of all of a thread's pieces has to be the same as well.
   static constexpr bool kFixedChunk =
-      mma::kThreads % Rows::kChunks == 0 && kRows % (mma::kThreads / Rows::kChunks) == 0;
-  static constexpr int kStep = kFixedChunk ? mma::kThreads / Rows::kChunks : 1;  ///< tokens between a thread's pieces
-  static_assert(!kFixedChunk || !Rows::kSwizzled || kStep % 8 == 0, "the swizzle of a thread's pieces is the same");
+      mma::kThreads % Rows::kChunks == 0 && kRows % kRowsAtATime == 0 && (!Rows::kSwizzled || kRowsAtATime % 8 == 0);
+  static constexpr int kStep = kFixedChunk ? kRowsAtATime : 1;  ///< tokens between a thread's pieces
 
  public:
   __device__ TileLoader(const Vectors& vectors, int batch, int head, int count, const uint8_t* mask)
@@ -31,7 +32,7 @@ class TileLoader {
     const T* source = head_ + (first + row_) * vectors_.token_stride + chunk_ * 8;
     uint32_t to = shared + Rows::offset(row_, chunk_);
     if (mask_ == nullptr && first + kRows <= count_ && vectors_.dim == kDim) {
-#pragma unroll
+#pragma unroll 4
       for (int row = 0; row < kRows; row += kStep) {
         copy_async(to, source);
         source += kStep * vectors_.token_stride;
@@ -40,7 +41,7 @@ class TileLoader {
       return;
     }
     const bool inside = chunk_ * 8 < vectors_.dim;
-#pragma unroll
+#pragma unroll 4
     for (int row = 0; row < kRows; row += kStep) {
       const int token = first + row_ + row;
       const bool valid = inside && token < count_ && (mask_ == nullptr || mask_[token] != 0);

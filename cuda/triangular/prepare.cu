@@ -3,7 +3,7 @@
 
 #include "../common/device_math.cuh"
 #include "../common/half_range.cuh"
-#include "../common/kernel_launch.cuh"
+#include "../common/launch.cuh"
 #include "../common/visibility.cuh"
 #include "launch.h"
 
@@ -128,11 +128,11 @@ __global__ void __launch_bounds__(kThreads) prepare_backward_kernel(const __grid
 cudaError_t prepare_forward(const PrepareForwardParams& params, cudaStream_t stream) {
   const auto kernel =
       params.teacher.type == Scalar::kHalf ? prepare_forward_kernel<__half> : prepare_forward_kernel<__nv_bfloat16>;
-  return launch_kernel(kernel, params, int64_t{params.batch} * params.heads, kThreads, 0, stream);
+  return launch_blocks(kernel, params, int64_t{params.batch} * params.heads, kThreads, 0, stream);
 }
 
 cudaError_t prepare_backward(const PrepareBackwardParams& params, cudaStream_t stream) {
-  return launch_kernel(prepare_backward_kernel, params, int64_t{params.batch} * params.heads, kThreads, 0, stream);
+  return launch_blocks(prepare_backward_kernel, params, int64_t{params.batch} * params.heads, kThreads, 0, stream);
 }
 
 }  // namespace linearard::cuda::triangular

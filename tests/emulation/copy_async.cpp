@@ -3,6 +3,7 @@
 #include <cstring>
 #include <deque>
 #include <map>
+#include <string>
 #include <vector>
 
 #include "shared_memory.h"
@@ -13,6 +14,7 @@ namespace {
 struct Copy {
   uint32_t shared;
   const void* global;
+  int size;
   int bytes;
 };
 
@@ -33,12 +35,12 @@ std::map<int, ThreadCopies>& copies() {
 
 }  // namespace
 
-void copy_async(uint32_t shared, const void* global, int bytes, const Location& at) {
-  if (bytes > 0 && reinterpret_cast<uintptr_t>(global) % 16 != 0) {
-    fail("cp.async: the source is not aligned to 16 bytes", at);
+void copy_async(uint32_t shared, const void* global, int size, int bytes, const Location& at) {
+  if (bytes > 0 && reinterpret_cast<uintptr_t>(global) % size != 0) {
+    fail("cp.async: the source is not aligned to its " + std::to_string(size) + " bytes", at);
   }
-  copy_begins(shared, 16, at);
-  copies()[this_thread()].open.push_back({shared, global, bytes});
+  copy_begins(shared, size, at);
+  copies()[this_thread()].open.push_back({shared, global, size, bytes});
 }
 
 void copy_commit() {
@@ -51,9 +53,9 @@ void copy_wait(int pending) {
   ThreadCopies& mine = copies()[this_thread()];
   while (mine.groups.size() > static_cast<size_t>(pending)) {
     for (const Copy& copy : mine.groups.front()) {
-      char* const to = copy_lands(copy.shared, 16);
+      char* const to = copy_lands(copy.shared, copy.size);
       std::memcpy(to, copy.global, copy.bytes);
-      std::memset(to + copy.bytes, 0, 16 - copy.bytes);
+      std::memset(to + copy.bytes, 0, copy.size - copy.bytes);
     }
     mine.groups.pop_front();
   }

@@ -8,7 +8,13 @@
 namespace linearard::cuda {
 
 inline void copy_async(uint32_t shared, const void* global, bool valid, LINEARARD_CALLER) {
-  emulation::copy_async(shared, global, valid ? 16 : 0, at);
+  emulation::copy_async(shared, global, 16, valid ? 16 : 0, at);
+}
+inline void copy_async(uint32_t shared, const void* global, LINEARARD_CALLER) {
+  emulation::copy_async(shared, global, 16, 16, at);
+}
+inline void copy_async_8(uint32_t shared, const void* global, bool valid, LINEARARD_CALLER) {
+  emulation::copy_async(shared, global, 8, valid ? 8 : 0, at);
 }
 inline void copy_commit() { emulation::copy_commit(); }
 template <int kPending>
@@ -21,6 +27,17 @@ inline void load_matrices(uint32_t (&r)[4], uint32_t shared, LINEARARD_CALLER) {
 }
 inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t shared, LINEARARD_CALLER) {
   emulation::load_matrices(r, shared, true, at);
+}
+
+inline void store_shared(uint32_t shared, uint32_t value, LINEARARD_CALLER) {
+  emulation::write_shared(shared, value, at);
+}
+
+inline void reduce_add(float* to, float x) { *to += x; }
+inline void reduce_add_two(float* to, float x, float y, LINEARARD_CALLER) {
+  if (reinterpret_cast<uintptr_t>(to) % 8 != 0) emulation::fail("red.v2: the address is not a multiple of 8", at);
+  to[0] += x;
+  to[1] += y;
 }
 
 template <typename T>

@@ -11,7 +11,7 @@ namespace {
 
 constexpr size_t kLargest = 227 * 1024;  ///< of a block of sm_90
 constexpr uint32_t kBase = 1024;         ///< address of the first byte
-constexpr size_t kGranule = 16;          ///< bytes that copies move together
+constexpr size_t kGranule = 8;           ///< bytes that copies move together, the smallest copy
 constexpr int kPoison = 0xff;            ///< a byte of a NaN, whatever the type
 
 struct Memory {
@@ -122,7 +122,7 @@ const char* async_read(uint32_t address, size_t bytes, size_t alignment, const L
 }
 
 void copy_begins(uint32_t address, size_t bytes, const Location& at) {
-  char* const pointer = shared_access(address, bytes, kGranule, at);
+  char* const pointer = shared_access(address, bytes, bytes, at);
   std::memset(pointer, kPoison, bytes);
   const Granules granules = granules_of(pointer, bytes);
   for (size_t i = granules.first; i < granules.end; ++i) {
