@@ -1,24 +1,11 @@
 #pragma once
 
-#include <climits>
-
 #include "../common/launch.cuh"
 #include "backward.cuh"
 #include "forward.cuh"
 #include "tensor_map.h"
 
 namespace linearard::cuda::sm90 {
-
-template <typename Arguments>
-cudaError_t launch_blocks(void (*kernel)(const Arguments),
-                          const Arguments& arguments,
-                          int shared_bytes,
-                          cudaStream_t stream) {
-  const int64_t blocks = arguments.schedule.blocks();
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
-  return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, shared_bytes, stream, arguments);
-}
 
 template <typename Arguments, typename Params>
 cudaError_t prepare_arguments(Arguments& arguments, const Params& p, int owners, int multiprocessors) {
@@ -38,7 +25,8 @@ cudaError_t launch_forward(const TriangularForwardParams& params, int multiproce
   ForwardArguments arguments;
   const cudaError_t error = prepare_arguments(arguments, params, Forward<T, kDim>::kOwners, multiprocessors);
   if (error != cudaSuccess) return error;
-  return launch_blocks(forward_kernel<T, kDim>, arguments, Forward<T, kDim>::kSharedBytes, stream);
+  return launch_blocks(forward_kernel<T, kDim>, arguments, arguments.schedule.blocks(), kThreads,
+                       Forward<T, kDim>::kSharedBytes, stream);
 }
 
 template <typename T, int kDim>
@@ -48,7 +36,8 @@ cudaError_t launch_backward(const TriangularBackwardParams& params, int multipro
   if (error != cudaSuccess) return error;
   error = map_token_values(arguments.token_values, params.token_values, params.batch * params.heads, params.tokens);
   if (error != cudaSuccess) return error;
-  return launch_blocks(backward_kernel<T, kDim>, arguments, Backward<T, kDim>::kSharedBytes, stream);
+  return launch_blocks(backward_kernel<T, kDim>, arguments, arguments.schedule.blocks(), kThreads,
+                       Backward<T, kDim>::kSharedBytes, stream);
 }
 
 }  // namespace linearard::cuda::sm90
