@@ -56,8 +56,9 @@ class Forward {
   Real lse_student_[kPer];  ///< in logit units
   Real lse_teacher_[kPer];
   Real values_[kPer] = {};
-  Real teacher_[kPer][kPer];  ///< logits t
-  Real delta_[kPer][kPer];    ///< s - t
+  Real probabilities_[kPer] = {};  ///< sums of Q, as computed, for centers
+  Real teacher_[kPer][kPer];       ///< logits t
+  Real delta_[kPer][kPer];         ///< s - t
 
   __device__ void compute(Staged<Real>& staged, int other) {
     const Visibility& v = p_.visibility;
@@ -144,7 +145,9 @@ class Forward {
           values_[a] += jsd_term(log_teacher, r, beta);
         } else {
           const Real q = student_probability(log_teacher, r);
-          if (!(q == 0)) values_[a] += q * student_value(p_.divergence, r, beta) * B::kNats;
+          if (q == 0) continue;
+          values_[a] += q * student_value(p_.divergence, r, beta) * B::kNats;
+          probabilities_[a] += q;
         }
       }
     }
@@ -152,7 +155,11 @@ class Forward {
 
   __device__ Real value_of(int a) const {
     const Real value = sum_of_row(values_[a]);
-    if (p_.center) return value;
+    if (p_.center) {
+      // The rounding of the log-sum-exps leaves sum_j Q_ij beside 1, which would shift the mean by as much of itself.
+      const Real probability = sum_of_row(probabilities_[a]);
+      return probability == 0 ? Real(0) : value / probability;
+    }
     if (p_.divergence != Divergence::kJSD) return sums_[a].divergence();
     const Real beta = static_cast<Real>(p_.beta);
     const Real entropy = -beta * log(beta) - (1 - beta) * log1p(-beta);

@@ -99,16 +99,17 @@ __device__ void load_tokens(uint32_t shared,
 }
 
 /// logits += owners x others^T for the 16 kSlabs rows of a warp.
-template <typename T, int kDim, int kSlabs>
+template <typename T, int kDim, int kSlabs, int kUnrolled = 4>
 __device__ void multiply_tile(float (&logits)[kSlabs][kColumnGroups][4],
                               uint32_t owners,
                               uint32_t others,
                               int warp_row) {
   using Rows = Layout<kDim>;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  // Addresses are cheap to compute, and many: kept from tile to tile they would spill what is needed.
+  const int lane = anew(static_cast<int>(threadIdx.x)) % 32;
   const uint32_t a_address = owners + Rows::offset(warp_row + lane % 16, lane / 16);
   const uint32_t b_address = others + Rows::offset((lane / 16) * 8 + lane % 8, (lane / 8) % 2);
-#pragma unroll 4
+#pragma unroll kUnrolled
   for (int k = 0; k < kDim / 16; ++k) {
     uint32_t a[kSlabs][4];
 #pragma unroll

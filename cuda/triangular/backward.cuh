@@ -36,26 +36,24 @@ class Backward {
  private:
   const TriangularBackwardParams& p_;
   const uint32_t shared_;
-  char* const memory_;
   const int problem_;
   const int first_;
   float gradient_[kSlabs][kDim / 8][4] = {};
 
   __device__ Backward(const TriangularBackwardParams& p, char* shared, int problem, int first)
-      : p_(p), shared_(shared_address(shared)), memory_(shared), problem_(problem), first_(first) {}
+      : p_(p), shared_(shared_address(shared)), problem_(problem), first_(first) {}
 
-  __device__ const uint8_t* mask() const {
-    return p_.mask == nullptr ? nullptr : p_.mask + static_cast<int64_t>(problem_ / p_.heads) * p_.tokens;
-  }
   __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
   __device__ static int warp_row() { return warp() * 16 * kSlabs; }
   __device__ static int row_in_block(int m, int half) { return warp_row() + m * 16 + mma::row_in_slab(half); }
   __device__ const BackwardToken* values() const {
     return p_.token_values + static_cast<int64_t>(problem_) * p_.tokens;
   }
-  __device__ BackwardToken* owners() const { return reinterpret_cast<BackwardToken*>(memory_ + S::kColumns); }
+  __device__ BackwardToken* owners() const {
+    return reinterpret_cast<BackwardToken*>(dynamic_shared_memory() + S::kColumns);
+  }
   __device__ BackwardToken* columns(int stage) const {
-    return reinterpret_cast<BackwardToken*>(memory_ + kColumnValues) + stage * kTile;
+    return reinterpret_cast<BackwardToken*>(dynamic_shared_memory() + kColumnValues) + stage * kTile;
   }
   __device__ uint32_t stage_of(int tile) const { return shared_ + S::kOther + tile % kStages * 2 * S::kOtherBytes; }
 
@@ -64,14 +62,18 @@ class Backward {
     copy_async(shared_address(to), values() + (valid ? token : 0), valid);
   }
 
-  /// Made anew for each tile: registers are what this kernel is short of.
-  __device__ TileLoader<T, kDim, kTile> loader(const Vectors& vectors) const {
-    return {vectors, problem_ / p_.heads, problem_ % p_.heads, p_.tokens, mask()};
+  /// Made for each tile: registers are what this kernel is short of.
+  template <int kRows>
+  __device__ TileLoader<T, kDim, kRows> loader(const Vectors& vectors) const {
+    const int problem = anew(problem_);
+    const int batch = problem / p_.heads;
+    const uint8_t* mask = p_.mask == nullptr ? nullptr : p_.mask + static_cast<int64_t>(batch) * p_.tokens;
+    return {vectors, batch, problem % p_.heads, p_.tokens, mask, anew(static_cast<int>(threadIdx.x))};
   }
 
   __device__ void load_columns(int tile) const {
-    loader(p_.student).load(stage_of(tile), tile * kTile);
-    loader(p_.teacher).load(stage_of(tile) + S::kOtherBytes, tile * kTile);
+    loader<kTile>(p_.student).load(stage_of(tile), tile * kTile);
+    loader<kTile>(p_.teacher).load(stage_of(tile) + S::kOtherBytes, tile * kTile);
     if (threadIdx.x < kTile) {
       load_value(columns(tile % kStages) + threadIdx.x, tile * kTile + static_cast<int>(threadIdx.x));
     }
@@ -79,18 +81,14 @@ class Backward {
   }
 
   __device__ void run_block() {
-    TileLoader<T, kDim, kOwners>(p_.student, problem_ / p_.heads, problem_ % p_.heads, p_.tokens, mask())
-        .load(shared_, first_);
-    TileLoader<T, kDim, kOwners>(p_.teacher, problem_ / p_.heads, problem_ % p_.heads, p_.tokens, mask())
-        .load(shared_ + S::kOwnerTeacher, first_);
+    loader<kOwners>(p_.student).load(shared_, first_);
+    loader<kOwners>(p_.teacher).load(shared_ + S::kOwnerTeacher, first_);
     if (threadIdx.x < kOwners) load_value(owners() + threadIdx.x, first_ + static_cast<int>(threadIdx.x));
 
     const int tiles = (p_.tokens + kTile - 1) / kTile;
-    const int diagonal = first_ / kTile;
-    const int below = min(diagonal + kOwners / kTile, tiles);
     const bool triangular = p_.traversal == Traversal::kTriangular;
-    const int begin = triangular && !p_.causal ? diagonal : 0;
-    const int end = triangular && p_.causal ? below : tiles;
+    const int begin = triangular && !p_.causal ? first_ / kTile : 0;
+    const int end = triangular && p_.causal ? min((first_ + kOwners) / kTile, tiles) : tiles;
     load_columns(begin);
 #pragma unroll 1
     for (int tile = begin; tile < end; ++tile) {
@@ -101,32 +99,39 @@ class Backward {
         copy_wait<0>();
       }
       __syncthreads();
-      const bool on_diagonal = tile >= diagonal && tile < below;
-      // Causal, a tile on the diagonal has one half; dense, the square holds both.
-      const bool with_columns = triangular && (p_.causal || !on_diagonal);
-      visit(tile, on_diagonal, tile < diagonal, with_columns);
+      visit(tile);
       __syncthreads();
-      if (with_columns) add_columns(tile);
+      if (with_columns(tile)) add_columns(tile);
     }
     write_rows();
   }
 
-  __device__ void visit(int tile, bool on_diagonal, bool before_diagonal, bool with_columns) {
+  /// How many tiles behind the block's first tile on the diagonal.
+  __device__ int tiles_behind(int tile) const { return tile - anew(first_) / kTile; }
+  __device__ bool is_on_diagonal(int tile) const {
+    return static_cast<unsigned>(tiles_behind(tile)) < static_cast<unsigned>(kOwners / kTile);
+  }
+  /// Causal, a tile on the diagonal has one half; dense, the square holds both.
+  __device__ bool with_columns(int tile) const {
+    return p_.traversal == Traversal::kTriangular && (p_.causal || !is_on_diagonal(tile));
+  }
+
+  __device__ void visit(int tile) {
     const uint32_t others = stage_of(tile);
     Products student = {};
     Products teacher = {};
-    mma::multiply_tile<T, kDim, kSlabs>(teacher, shared_ + S::kOwnerTeacher, others + S::kOtherBytes, warp_row());
-    mma::multiply_tile<T, kDim, kSlabs>(student, shared_, others, warp_row());
+    mma::multiply_tile<T, kDim, kSlabs, 2>(teacher, shared_ + S::kOwnerTeacher, others + S::kOtherBytes, warp_row());
+    mma::multiply_tile<T, kDim, kSlabs, 2>(student, shared_, others, warp_row());
     if (!p_.causal) {
       weigh<Kind::kBoth>(student, teacher, tile);
-    } else if (on_diagonal) {
+    } else if (is_on_diagonal(tile)) {
       weigh<Kind::kDiagonal>(student, teacher, tile);
-    } else if (before_diagonal) {
+    } else if (tiles_behind(tile) < 0) {
       weigh<Kind::kRows>(student, teacher, tile);
     } else {
       weigh<Kind::kColumns>(student, teacher, tile);
     }
-    add_rows(student, others, with_columns);
+    add_rows(student, others, with_columns(tile));
   }
 
   /// Which of a pair's terms exist: causal, a pair is in the row of its later token.
@@ -139,12 +144,15 @@ class Backward {
     const PairTerms terms{factors};
     const BackwardToken* values = columns(tile % kStages);
     const bool both_halves = p_.traversal == Traversal::kRows;
+    // Column less row of the thread's first element.
+    const int corner = anew(tile) * kTile + mma::column_of(0, 0) - first_ - row_in_block(0, 0);
 #pragma unroll
-    for (int m = 0; m < kSlabs; ++m) {
-      const BackwardToken rows[2] = {owners()[row_in_block(m, 0)], owners()[row_in_block(m, 1)]};
+    for (int n = 0; n < kChunkGroups; ++n) {
+      const BackwardToken pair[2] = {values[mma::column_of(n, 0)], values[mma::column_of(n, 1)]};
 #pragma unroll
-      for (int n = 0; n < kChunkGroups; ++n) {
-        const BackwardToken pair[2] = {values[mma::column_of(n, 0)], values[mma::column_of(n, 1)]};
+      for (int m = 0; m < kSlabs; ++m) {
+        const BackwardToken* owner = owners() + row_in_block(m, 0);
+        const BackwardToken rows[2] = {owner[0], owner[8]};
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           const auto parts = terms(student[m][n][c], teacher[m][n][c], rows[c / 2], pair[c % 2]);
@@ -153,7 +161,7 @@ class Backward {
           if constexpr (kKind == Kind::kColumns) weight = parts.second;
           if constexpr (kKind == Kind::kDiagonal) {
             // Both products count the diagonal itself, or the one product counts it twice.
-            const int distance = tile * kTile + mma::column_of(n, c) - first_ - row_in_block(m, c / 2);
+            const int distance = corner + n * 8 + c % 2 - m * 16 - c / 2 * 8;
             weight = 0;
             if (distance <= 0) weight = parts.first;
             if (both_halves && distance >= 0) weight += parts.second;
@@ -174,7 +182,9 @@ class Backward {
 
   /// gradient += H X of the columns; stores H for add_columns.
   __device__ void add_rows(const Products& h, uint32_t others, bool with_columns) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int thread = anew(static_cast<int>(threadIdx.x));
+    const int lane = thread % 32;
+    const int first_row = thread / 32 * 16 * kSlabs + lane / 4;
     const uint32_t address = others + Rows::offset(lane % 16, lane / 16);
 #pragma unroll
     for (int k = 0; k < kTile / 16; ++k) {
@@ -186,7 +196,7 @@ class Backward {
           const int n = 2 * k + e / 2;
           a[m][e] = pack<T>(h[m][n][2 * (e % 2)], h[m][n][2 * (e % 2) + 1]);
           if (with_columns) {
-            store_shared(place_in_h(row_in_block(m, e % 2), n) + lane % 4 * 4, a[m][e]);
+            store_shared(place_in_h(first_row + m * 16 + e % 2 * 8, n) + lane % 4 * 4, a[m][e]);
           }
         }
       }
@@ -204,12 +214,13 @@ class Backward {
   }
 
   __device__ float* gradient_of(int token) const {
-    return p_.gradient + (static_cast<int64_t>(problem_) * p_.tokens + token) * p_.student.dim;
+    return p_.gradient + (static_cast<int64_t>(anew(problem_)) * p_.tokens + token) * p_.student.dim;
   }
 
   /// H^T X of the owners, a part of the dimension for each warp.
   __device__ void add_columns(int tile) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int thread = anew(static_cast<int>(threadIdx.x));
+    const int lane = thread % 32;
     float sums[2][kDimPairsOfWarp][2][4] = {};
     const uint32_t x = shared_ + Rows::offset(lane % 16, lane / 16);
 #pragma unroll 1
@@ -222,7 +233,7 @@ class Backward {
       }
 #pragma unroll
       for (int i = 0; i < kDimPairsOfWarp; ++i) {
-        const int pair = warp() + i * mma::kWarps;
+        const int pair = thread / 32 + i * mma::kWarps;
         if (pair >= kDimPairs) break;
         uint32_t b[4];
         load_matrices_transposed(b, Rows::advance(x, pair) + row * Rows::kRowBytes);
@@ -233,44 +244,23 @@ class Backward {
         }
       }
     }
-    if (p_.student.dim == kDim) {
-      write_columns<true>(tile, sums);
-    } else {
-      write_columns<false>(tile, sums);
-    }
-  }
-
-  template <bool kWhole>
-  __device__ void write_columns(int tile, const float (&sums)[2][kDimPairsOfWarp][2][4]) const {
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int token = tile * kTile + m * 16 + mma::row_in_slab(half);
+        const int token = tile * kTile + m * 16 + half * 8 + lane / 4;
         if (token >= p_.tokens) continue;
-        float* to = gradient_of(token);
+        float* to = gradient_of(token) + thread / 32 * 16 + lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < kDimPairsOfWarp; ++i) {
-          const int pair = warp() + i * mma::kWarps;
-          if (pair >= kDimPairs) break;
 #pragma unroll
           for (int n = 0; n < 2; ++n) {
-            add_two<kWhole>(to, pair * 16 + mma::column_of(n, 0), sums[m][i][n][2 * half], sums[m][i][n][2 * half + 1]);
+            const int d = thread / 32 * 16 + lane % 4 * 2 + i * mma::kWarps * 16 + n * 8;
+            if (d >= p_.student.dim) continue;
+            reduce_add_two(to + i * mma::kWarps * 16 + n * 8, sums[m][i][n][2 * half], sums[m][i][n][2 * half + 1]);
           }
         }
       }
-    }
-  }
-
-  /// @param kWhole whether the dimension is kDim
-  template <bool kWhole>
-  __device__ void add_two(float* vector, int d, float x, float y) const {
-    const int dim = p_.student.dim;
-    if (kWhole || (d + 1 < dim && dim % 2 == 0)) {
-      reduce_add_two(vector + d, x, y);
-    } else {
-      if (d < dim) reduce_add(vector + d, x);
-      if (d + 1 < dim) reduce_add(vector + d + 1, y);
     }
   }
 
@@ -283,8 +273,9 @@ class Backward {
         if (token >= p_.tokens) continue;
 #pragma unroll
         for (int n = 0; n < kDim / 8; ++n) {
-          add_two<false>(gradient_of(token), mma::column_of(n, 0), gradient_[m][n][2 * half],
-                         gradient_[m][n][2 * half + 1]);
+          const int d = mma::column_of(n, 0);
+          if (d >= p_.student.dim) continue;
+          reduce_add_two(gradient_of(token) + d, gradient_[m][n][2 * half], gradient_[m][n][2 * half + 1]);
         }
       }
     }

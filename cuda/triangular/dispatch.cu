@@ -57,7 +57,8 @@ bool is_a_16_bit_relation(const Params& p) {
   // The coefficients of phi are powers of the scale, up to the fifth.
   const auto ordinary = [](float factor) { return factor > 1e-6f && factor < 1e6f; };
   return (p.student.type == Scalar::kHalf || p.student.type == Scalar::kBFloat16) && p.teacher.type == p.student.type &&
-         p.teacher.dim == p.student.dim && ordinary(p.factors.student) && ordinary(p.factors.teacher);
+         p.teacher.dim == p.student.dim && p.student.aligned && p.teacher.aligned && ordinary(p.factors.student) &&
+         ordinary(p.factors.teacher);
 }
 
 }  // namespace

@@ -49,11 +49,14 @@ class Forward {
         problem_(problem),
         first_(first),
         factors_(p.factors),
-        student_(p.student, problem / p.heads, problem % p.heads, p.tokens, mask()),
-        teacher_(p.teacher, problem / p.heads, problem % p.heads, p.tokens, mask()) {}
+        student_(loader<kTile>(p.student)),
+        teacher_(loader<kTile>(p.teacher)) {}
 
-  __device__ const uint8_t* mask() const {
-    return p_.mask == nullptr ? nullptr : p_.mask + static_cast<int64_t>(problem_ / p_.heads) * p_.tokens;
+  template <int kRows>
+  __device__ TileLoader<T, kDim, kRows> loader(const Vectors& vectors) const {
+    const int batch = problem_ / p_.heads;
+    const uint8_t* mask = p_.mask == nullptr ? nullptr : p_.mask + static_cast<int64_t>(batch) * p_.tokens;
+    return {vectors, batch, problem_ % p_.heads, p_.tokens, mask, static_cast<int>(threadIdx.x)};
   }
   __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
   __device__ static int warp_row() { return warp() * 16 * kSlabs; }
@@ -80,10 +83,8 @@ class Forward {
   }
 
   __device__ void run_block() {
-    TileLoader<T, kDim, kOwners>(p_.student, problem_ / p_.heads, problem_ % p_.heads, p_.tokens, mask())
-        .load(shared_, first_);
-    TileLoader<T, kDim, kOwners>(p_.teacher, problem_ / p_.heads, problem_ % p_.heads, p_.tokens, mask())
-        .load(shared_ + S::kOwnerTeacher, first_);
+    loader<kOwners>(p_.student).load(shared_, first_);
+    loader<kOwners>(p_.teacher).load(shared_ + S::kOwnerTeacher, first_);
 #pragma unroll
     for (int m = 0; m < kSlabs; ++m) {
 #pragma unroll

@@ -8,8 +8,8 @@
 
 namespace linearard::cuda::triangular {
 
-/// Whether the kernels take a call: one 16-bit type, one dimension of at most 256 (backward: 128), positive scales, and
-/// the shared memory of the current device.
+/// Whether the kernels take a call: one 16-bit type, one dimension of at most 256 (backward: 128), aligned vectors,
+/// positive scales, and the shared memory of the current device.
 bool takes(const TriangularForwardParams& params);
 bool takes(const TriangularBackwardParams& params);
 

@@ -133,8 +133,11 @@ at::Tensor logit_gradient(const DivergenceOptions& options, const at::Tensor& lo
   const at::Tensor student = student_probability(log_teacher, ratio);
   const bool jsd = options.divergence == Divergence::kJSD;
   const at::Tensor value = jsd ? log_student_to_mixture(ratio, options.beta) : ratio;
-  // Invisible keys have Q = 0 and a finite value.
-  const at::Tensor mean = (student * value).sum(-1, true);
+  // Invisible keys have Q = 0 and a finite value. The rounding of the log-sum-exps leaves sum_j Q_ij beside 1, which
+  // would shift the mean by as much of itself.
+  at::Tensor mass = student.sum(-1, true);
+  mass.masked_fill_(mass.eq(0), 1);
+  const at::Tensor mean = (student * value).sum(-1, true).div_(mass);
   return student * (value - mean) * (jsd ? 1 - options.beta : 1.0);
 }
 

@@ -54,7 +54,7 @@ int64_t workspace_bytes_per_row(const RelationCall& call, bool backward) {
   if (form.difference && form.student_ratio != 1) bytes += element * student;
   const auto statistics = static_cast<int64_t>(sizeof(RowStatistics));
   const auto result = static_cast<int64_t>(sizeof(RowResult));
-  const int64_t vectors = 5 * element;
+  const int64_t vectors = 6 * element;  // RowVectors
   if (!backward) return bytes + result + std::max(statistics, vectors);
   // The statistics are made again where the saved ones could not hold them, and are gone before the gradient comes.
   return bytes + vectors + std::max(element * student, form.wide ? statistics + result : 0);

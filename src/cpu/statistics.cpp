@@ -76,12 +76,17 @@ RowVectors<Real>::RowVectors(int64_t rows)
       lse_difference(padded(rows)),
       weight(padded(rows)),
       mean(padded(rows)),
-      sum(padded(rows)) {}
+      sum(padded(rows)),
+      probability(padded(rows)) {}
 
 template <typename Real>
 RowReference<Real> RowVectors<Real>::reference(int64_t row, bool with_gradient) {
-  return {lse_teacher.data() + row, lse_difference.data() + row, with_gradient ? weight.data() + row : nullptr,
-          with_gradient ? mean.data() + row : nullptr, sum.data() + row};
+  return {lse_teacher.data() + row,
+          lse_difference.data() + row,
+          with_gradient ? weight.data() + row : nullptr,
+          with_gradient ? mean.data() + row : nullptr,
+          sum.data() + row,
+          probability.data() + row};
 }
 
 template <typename Real>
@@ -93,7 +98,10 @@ void RowVectors<Real>::scale_weight(double factor) {
 
 template <typename Real>
 void RowVectors<Real>::sums_become_means(Divergence divergence, double beta) {
-  mean.swap(sum);
+  // The rounding of the log-sum-exps leaves sum_j Q_ij beside 1, which would shift a mean by as much of itself: by more
+  // than the gradient where the mean is large. No mass at all: no keys, or logits that are nothing but rounding.
+  for (size_t i = 0; i < mean.size(); ++i)
+    mean[i] = probability[i] == 0 ? Real(0) : sum[i] / probability[i];
   std::fill(sum.begin(), sum.end(), Real(0));
   if (divergence != Divergence::kJSD) return;
   for (Real& value : weight)

@@ -39,10 +39,12 @@ struct RowVectors {
   std::vector<Real> weight;
   std::vector<Real> mean;
   std::vector<Real> sum;
+  std::vector<Real> probability;
 
   explicit RowVectors(int64_t rows);
   void scale_weight(double factor);
-  /// After an expectation for the gradient: `sum` becomes `mean`; a constant factor of the gradient goes to `weight`.
+  /// After an expectation for the gradient: `sum` over `probability` becomes `mean`, and `sum` is zero again; a
+  /// constant factor of the gradient goes to `weight`.
   void sums_become_means(Divergence divergence, double beta);
   /// References that start at a row. Weight and mean are null unless `with_gradient`.
   RowReference<Real> reference(int64_t row, bool with_gradient);

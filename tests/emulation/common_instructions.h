@@ -21,6 +21,8 @@ inline void store_shared_16(uint32_t shared, uint16_t bits, LINEARARD_CALLER) {
   emulation::write_shared(shared, bits, at);
 }
 
+inline int anew(int x) { return x; }
+
 inline float exp2_approximate(float x) {
   const float result = std::exp2(x);
   return std::fpclassify(result) == FP_SUBNORMAL ? 0.f : result;

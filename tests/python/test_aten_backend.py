@@ -57,6 +57,18 @@ def test_realistic_data(device):
     assert_gradient_close(gradient, expected.gradients[0], expected.gradient_floors[0])
 
 
+@pytest.mark.parametrize("scales", [(-0.044, 0.125), (-0.0032, 0.5)])
+def test_gradient_of_the_reverse_kl_far_from_convergence(device, scales):
+    """As in test_precision.py: the means of rows with hundreds of nats."""
+    teacher = realistic(2, 4, 60, 64, seed=23, device=device).float()
+    student = perturbed(teacher.double(), 1e-3).float()
+    options = {"divergence": "reverse_kl", "scale_student": scales[0], "scale_teacher": scales[1]}
+    expected = expected_relation(student, teacher, **options)
+    kl, lse_student, lse_teacher = call("relation_kl_forward", student, teacher, **options)
+    gradient = call("relation_kl_backward", torch.ones_like(kl), student, teacher, lse_student, lse_teacher, **options)
+    assert_gradient_close(gradient, expected.gradients[0], expected.gradient_floors[0])
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(40, 40), (30, 50), (50, 30)])
 @pytest.mark.parametrize(("student_heads", "teacher_heads"), [(4, 4), (2, 1)])
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -101,6 +101,36 @@ def test_other_divergences_never_below_zero(device, divergence, eps, data):
     assert_gradient_close(gradient, expected.gradients[0], expected.gradient_floors[0])
 
 
+# Nearly uniform students of teachers with rows of up to 600 nats: sum_j Q_ij (r_ij - mean) cancels 570 nats, and a mean
+# that is off by the rounding of sum_j Q_ij costs ten times what is allowed here.
+FAR_SCALES = [(-0.044, 0.125), (-0.0032, 0.5), (0.02, 0.6)]
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("scales", FAR_SCALES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradient_far_from_convergence(device, divergence, scales, causal):
+    teacher = realistic(2, HEADS, 60, HEAD_DIM, seed=23, device=device).float()
+    student = perturbed(teacher.double(), 1e-3).float()
+    options = {"divergence": divergence, "causal": causal, "scale_student": scales[0], "scale_teacher": scales[1]}
+    expected = expected_relation(student, teacher, **options)
+    kl, lse_student, lse_teacher = ops.relation_kl_forward(student, teacher, **options)
+    gradient = ops.relation_kl_backward(torch.ones_like(kl), student, teacher, lse_student, lse_teacher, **options)
+    assert_gradient_close(gradient, expected.gradients[0], expected.gradient_floors[0])
+
+
+@pytest.mark.parametrize("scales", FAR_SCALES)
+def test_gradient_of_attention_maps_far_from_convergence(device, scales):
+    teacher = [realistic(2, HEADS, 60, HEAD_DIM, seed=seed, device=device).float() for seed in (25, 26)]
+    student = [perturbed(x.double(), 1e-3, seed=seed).float() for seed, x in enumerate(teacher, 27)]
+    options = {"divergence": "reverse_kl", "scale_student": scales[0], "scale_teacher": scales[1]}
+    expected = expected_attention((*student, *teacher), **options)
+    kl, lse_student, lse_teacher = ops.attention_kl_forward(*student, *teacher, **options)
+    gradients = ops.attention_kl_backward(torch.ones_like(kl), *student, *teacher, lse_student, lse_teacher, **options)
+    for gradient, exact, floor in zip(gradients, expected.gradients, expected.gradient_floors, strict=True):
+        assert_gradient_close(gradient, exact, floor)
+
+
 @pytest.mark.parametrize("eps", [0.3, 0.03, 0.003])
 @pytest.mark.parametrize("data", GENERATORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

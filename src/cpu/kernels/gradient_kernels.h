@@ -62,12 +62,19 @@ LINEARARD_INLINE Vector<Real> jsd_value(const Entry<Real>& entry, Real beta) {
   return larger_probability<Real>(entry) * (first - logarithm_family<Real>(weight * family.expm1).entropy);
 }
 
+/// What an entry adds to an expectation and, of a mean under the student, to the sum that divides it.
+template <typename Real>
+struct ExpectationTerm {
+  Vector<Real> value;
+  Vector<Real> probability;
+};
+
 template <typename Real, Expectation kExpectation>
-LINEARARD_INLINE Vector<Real> expectation_term(const Entry<Real>& entry, Real beta) {
-  if constexpr (kExpectation == Expectation::kJsdValue) return jsd_value<Real>(entry, beta);
+LINEARARD_INLINE ExpectationTerm<Real> expectation_term(const Entry<Real>& entry, Real beta) {
+  if constexpr (kExpectation == Expectation::kJsdValue) return {jsd_value<Real>(entry, beta), Vector<Real>{}};
   const Vector<Real> student = student_probability<Real>(entry);
-  if constexpr (kExpectation == Expectation::kReverseMean) return student * entry.ratio;
-  return student * log_student_to_mixture<Real>(entry.ratio, beta);
+  if constexpr (kExpectation == Expectation::kReverseMean) return {student * entry.ratio, student};
+  return {student * log_student_to_mixture<Real>(entry.ratio, beta), student};
 }
 
 /// G_ij / g_i (JSD: / (1 - beta) as well, which the caller folds into g).
@@ -213,25 +220,33 @@ void expectation_of(TileKind kind,
                     const RowReference<Real>& rows,
                     const RowReference<Real>& columns) {
   using Reference = ReferenceVector<Real>;
+  constexpr bool kMean = kExpectation != Expectation::kJsdValue;
+  const auto add = [](Real* to, Vector<Real> x, Integers<Real> inside) {
+    store<Real>(to, load(to) + (inside ? x : Vector<Real>{}));
+  };
   for (int64_t i = 0; i < tile.rows; ++i) {
     const Real* t = tile.teacher + i * tile.stride;
     const Real* delta = tile.difference + i * tile.stride;
     const Reference row = Reference::of_row(rows, i);
     const int64_t count = tile.visible == nullptr ? tile.columns : tile.visible[i];
     Vector<Real> row_sum{};
+    Vector<Real> row_probability{};
     for (int64_t j = 0; j < count; j += kLanes<Real>) {
       const Integers<Real> inside = Visibility<Real>::of(TileKind::kRows, i, j, count).row;
       const Vector<Real> t_j = load(t + j);
       const Vector<Real> delta_j = load(delta + j);
-      const Vector<Real> value = expectation_term<Real, kExpectation>(Reference::entry(row, t_j, delta_j), beta);
-      row_sum += inside ? value : Vector<Real>{};
+      const auto term = expectation_term<Real, kExpectation>(Reference::entry(row, t_j, delta_j), beta);
+      row_sum += inside ? term.value : Vector<Real>{};
+      if constexpr (kMean) row_probability += inside ? term.probability : Vector<Real>{};
       if (kind == TileKind::kRowsColumns) {
-        const Entry<Real> mirrored = Reference::entry(Reference::of_columns(columns, j), t_j, delta_j);
-        const Vector<Real> mirrored_value = expectation_term<Real, kExpectation>(mirrored, beta);
-        store<Real>(columns.sum + j, load(columns.sum + j) + (inside ? mirrored_value : Vector<Real>{}));
+        const Entry<Real> entry = Reference::entry(Reference::of_columns(columns, j), t_j, delta_j);
+        const auto mirrored = expectation_term<Real, kExpectation>(entry, beta);
+        add(columns.sum + j, mirrored.value, inside);
+        if constexpr (kMean) add(columns.probability + j, mirrored.probability, inside);
       }
     }
     rows.sum[i] += static_cast<Real>(sum_of_lanes<Real>(row_sum));
+    if constexpr (kMean) rows.probability[i] += static_cast<Real>(sum_of_lanes<Real>(row_probability));
   }
 }
 

@@ -48,8 +48,9 @@ struct RowReference {
   const Real* lse_teacher;     ///< [n]
   const Real* lse_difference;  ///< [n] lse_student - lse_teacher
   const Real* weight;          ///< [n] upstream gradient (gradient pass only)
-  const Real* mean;            ///< [n] sum_j Q_ij psi(r_ij) (gradient of reverse KL and JSD only)
+  const Real* mean;            ///< [n] mean of psi(r_ij) under Q_i (gradient of reverse KL and JSD only)
   Real* sum;                   ///< [n] accumulates: of the pass (expectation) or sum_j G_ij (gradient)
+  Real* probability;           ///< [n] accumulates sum_j Q_ij as computed (expectations that are means only)
 };
 
 /// Which entries of a tile a pass visits.
