@@ -135,9 +135,9 @@ class Backward<T, kDim>::Consumer {
       wgmma<T, true>(gradient_, h[step], x + token_step(step), true);
   }
 
-  /// H^T X of all owners, for the group's chunk of dimensions.
+  /// H^T X of all owners, for the group's chunk of dimensions. i < 0: no result, of the owners' vectors instead of H.
   __device__ void sum_others(float (&others)[kElements], int i) const {
-    const uint64_t h = matrix_descriptor<kHBytes>(b_.h_at(i & 1));
+    const uint64_t h = matrix_descriptor<kHBytes>(i < 0 ? b_.shared_ : b_.h_at(i & 1));
     const uint64_t x = matrix_descriptor<kOwnerChunk>(b_.shared_ + (kShareTile ? group_ * kOwnerChunk : 0));
     if (i >= 0) mbarrier_wait(b_.h_full(i & 1), i / 2 % 2);
     warpgroup_fence();
