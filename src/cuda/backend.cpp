@@ -383,7 +383,6 @@ ExecutionPlan relation_plan(const RelationArguments& arguments) {
   const int64_t row_count = problems * problem.rows();
   ExecutionPlan plan;
   plan.backend = "cuda";
-  plan.instruction_set = tensor_cores ? "tensor cores (mma.sync)" : "fused multiply-add";
   plan.compute_dtype = float64 ? "float64" : "float32";
   plan.tile_rows = tiles.rows;
   plan.tile_columns = tiles.columns;
@@ -404,6 +403,9 @@ ExecutionPlan relation_plan(const RelationArguments& arguments) {
       visibility + (centers ? 3 * (row_count * (float64 ? 8 : 4) + kRounding) : 0) +
       (float64 ? kRounding : marks + std::max((centers ? 3 : 2) * (row_count * 8 + kRounding), triangular.backward)) +
       2 * kRounding;
+  plan.instruction_set = !tensor_cores          ? "fused multiply-add"
+                         : triangular.on_hopper ? "tensor cores (wgmma)"
+                                                : "tensor cores (mma.sync)";
   plan.traversal = triangular.forward > 0 && !problem.deterministic ? "triangular" : "dense";
   plan.deterministic = triangular.forward + triangular.backward == 0 || problem.deterministic;
   return plan;

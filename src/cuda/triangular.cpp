@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <sm90/launch.h>
 #include <triangular/launch.h>
 
 namespace linearard::cuda {
@@ -14,17 +15,27 @@ namespace {
 /// The allocator rounds every block up to 512 bytes.
 constexpr int64_t kRounding = 512;
 
-/// Off by default until their tests have passed on a GPU: LINEARARD_TRIANGULAR=1 turns them on.
-bool are_enabled() {
-  static const bool enabled = [] {
+enum class Kernels { kNone, kPortable, kAll };
+
+/// Off by default until their tests have passed on a GPU: LINEARARD_TRIANGULAR=1 turns all of them on, =portable those
+/// that do not need Hopper.
+Kernels enabled_kernels() {
+  static const Kernels enabled = [] {
     const char* value = std::getenv("LINEARARD_TRIANGULAR");
-    return value != nullptr && std::string_view(value) == "1";
+    if (value == nullptr) return Kernels::kNone;
+    if (std::string_view(value) == "portable") return Kernels::kPortable;
+    return std::string_view(value) == "1" ? Kernels::kAll : Kernels::kNone;
   }();
   return enabled;
 }
 
+template <typename Params>
+bool runs_on_hopper(const Params& params) {
+  return enabled_kernels() == Kernels::kAll && sm90_takes(params);
+}
+
 bool is_eligible(const Problem& p) {
-  return are_enabled() && p.relation && !p.packed && !p.float64() &&
+  return enabled_kernels() != Kernels::kNone && p.relation && !p.packed && !p.float64() &&
          p.divergence == linearard::Divergence::kForwardKL && p.scale_student > 0 && p.scale_teacher > 0;
 }
 
@@ -110,7 +121,9 @@ std::optional<ListedRows> triangular_forward(const Problem& problem, const RowTe
   params.token_values = token_values;
   params.wide_heads = wide_heads;
   params.sums = sums;
-  check_launch(triangular::forward(params, stream), kAction, device);
+  check_launch(
+      runs_on_hopper(params) ? launch_triangular_forward_sm90(params, stream) : triangular::forward(params, stream),
+      kAction, device);
   check_launch(triangular::finish_forward(
                    {params.batch, params.heads, problem.memory.visibility, params.factors, token_values, own, centers,
                     wide_heads, sums, to.kl.mutable_data_ptr<float>(), to.lse_student.mutable_data_ptr<float>(),
@@ -144,7 +157,9 @@ std::optional<LeftHeads> triangular_backward(const Problem& problem, const Trian
   params.token_values = token_values;
   params.wide_heads = wide_heads;
   params.gradient = sums.mutable_data_ptr<float>();
-  check_launch(triangular::backward(params, stream), kAction, device);
+  check_launch(
+      runs_on_hopper(params) ? launch_triangular_backward_sm90(params, stream) : triangular::backward(params, stream),
+      kAction, device);
   check_launch(triangular::finish_backward(
                    {params.student.type, params.batch, params.heads, params.tokens, params.student.dim, to.output_scale,
                     to.largest_grad, wide_heads, params.gradient, to.gradient.mutable_data_ptr(), to.redo},
@@ -154,11 +169,13 @@ std::optional<LeftHeads> triangular_backward(const Problem& problem, const Trian
 }
 
 TriangularWorkspace triangular_workspace(const Problem& problem) {
-  if (!is_eligible(problem)) return {0, 0};
+  if (!is_eligible(problem)) return {0, 0, false};
   const int64_t tokens = problem.rows();
   const int64_t problems = problem.batch() * problem.heads();
-  TriangularWorkspace bytes{0, 0};
-  if (triangular::takes(params_of<TriangularForwardParams>(problem))) {
+  TriangularWorkspace bytes{0, 0, false};
+  const auto forward = params_of<TriangularForwardParams>(problem);
+  if (triangular::takes(forward)) {
+    bytes.on_hopper = runs_on_hopper(forward);
     bytes.forward = problems * (zeroed_forward(tokens) + written_forward(tokens)) * 4 + 2 * kRounding;
   }
   if (triangular::takes(params_of<TriangularBackwardParams>(problem))) {

@@ -44,6 +44,7 @@ std::optional<LeftHeads> triangular_backward(const Problem& problem, const Trian
 struct TriangularWorkspace {
   int64_t forward;
   int64_t backward;
+  bool on_hopper;  ///< whether the forward runs on the kernels of sm_90a
 };
 TriangularWorkspace triangular_workspace(const Problem& problem);
 

@@ -122,7 +122,8 @@ const char* async_read(uint32_t address, size_t bytes, size_t alignment, const L
 }
 
 void copy_begins(uint32_t address, size_t bytes, const Location& at) {
-  char* const pointer = shared_access(address, bytes, bytes, at);
+  constexpr size_t kLargestPiece = 16;
+  char* const pointer = shared_access(address, bytes, std::min(bytes, kLargestPiece), at);
   std::memset(pointer, kPoison, bytes);
   const Granules granules = granules_of(pointer, bytes);
   for (size_t i = granules.first; i < granules.end; ++i) {

@@ -26,11 +26,13 @@ PACKAGE = BUILD / "package"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # The same with the triangular kernels, as long as they are off by default (docs/performance.md).
 TRIANGULAR = "-triangular"
+PORTABLE = "-portable"
 SUITES = (
     "googletest",
     "pytest",
     *SANITIZERS,
     *(suite + TRIANGULAR for suite in ("pytest", *SANITIZERS)),
+    "pytest" + TRIANGULAR + PORTABLE,
 )
 # The line in which a suite says how it ended: the last one that matches.
 CLOSING = {
@@ -141,9 +143,14 @@ def head() -> str:
     return f"{commit}-dirty" if changed else commit
 
 
+def tool_of(suite: str) -> str:
+    """What a suite runs, whatever kernels it is about."""
+    return suite.removesuffix(PORTABLE).removesuffix(TRIANGULAR)
+
+
 def command_of(suite: str) -> list[str]:
     """The program that runs a suite."""
-    suite = suite.removesuffix(TRIANGULAR)
+    suite = tool_of(suite)
     if suite == "googletest":
         return ["ctest", "--test-dir", str(BUILD), "--output-on-failure", "--no-tests=error"]
     if suite == "pytest":
@@ -160,9 +167,9 @@ def run(suite: str) -> tuple[str, bool]:
     command = command_of(suite)
     print("+", " ".join(command), flush=True)
     # Every tensor in an allocation of its own: the sanitizers see what leaves it.
-    extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if suite.removesuffix(TRIANGULAR) in SANITIZERS else {}
-    if suite.endswith(TRIANGULAR):
-        extra["LINEARARD_TRIANGULAR"] = "1"
+    extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool_of(suite) in SANITIZERS else {}
+    if TRIANGULAR in suite:
+        extra["LINEARARD_TRIANGULAR"] = "portable" if suite.endswith(PORTABLE) else "1"
     lines = []
     try:
         with subprocess.Popen(
@@ -181,7 +188,7 @@ def run(suite: str) -> tuple[str, bool]:
         return f"not run: {command[0]} was not found", False
     text = "".join(lines)
     (BUILD / f"{suite}.log").write_text(text)
-    closing = CLOSING[suite.removesuffix(TRIANGULAR)].findall(text)
+    closing = CLOSING[tool_of(suite)].findall(text)
     passed = process.returncode == 0
     return (closing[-1] if closing else "no closing line") + ("" if passed else " (FAILED)"), passed
 

@@ -1,0 +1,240 @@
+#pragma once
+
+#include "../mma/instructions.cuh"
+#include "../triangular/params.h"
+#include "descriptors.cuh"
+#include "instructions.cuh"
+#include "pairs.cuh"
+#include "schedule.cuh"
+
+// H X of the triangular backward. A block of threads owns 128 tokens, 64 for each warpgroup, and walks over all earlier
+// tokens and its own, 64 at a time. A pair's H serves both its tokens: the owners' gradient stays in registers for the
+// whole walk, the others' leaves with each tile, and both end in additions in global memory. A pair of a token with
+// itself is met by both products, so each gets half of it.
+
+namespace linearard::cuda::sm90 {
+
+struct BackwardArguments {
+  CUtensorMap student;
+  CUtensorMap teacher;
+  CUtensorMap token_values;
+  TriangularBackwardParams params;
+  Schedule schedule;
+};
+
+template <typename T, int kDim>
+class Backward {
+  static_assert(kDim == 64 || kDim == 128);
+
+ public:
+  static constexpr int kOwners = kGroups * kTileTokens;
+
+ private:
+  static constexpr int kStages = 3;
+  static constexpr int kSteps = kDim / kStep;
+  static constexpr int kElements = kTileTokens / 2;  ///< accumulators of a thread, of either product of vectors
+  static constexpr int kChunks = kDim / kChunkDims;
+  static constexpr int kOwnerChunk = kOwners * kLineBytes;
+  static constexpr int kOtherChunk = kTileTokens * kLineBytes;
+  /// Every warpgroup adds up the others' gradient for its chunk of dimensions; with one chunk they take turns.
+  static constexpr bool kShareTile = kChunks == kGroups;
+  // Gradients on their way out: 64 tokens x 64 dimensions of float for each warpgroup. Lines are padded so that 8 of
+  // them, as a warp writes them, lie in different banks.
+  static constexpr int kOutLine = kChunkDims * static_cast<int>(sizeof(float)) + 32;
+  static constexpr int kOutBytes = kGroups * kTileTokens * kOutLine;
+
+  // The owners' teacher vectors of the first chunk move to registers at once, as many as are free, which spares shared
+  // memory's bandwidth; gradients leave from where they were.
+  static constexpr int kRegisterSteps = kChunkDims / kStep;
+  static constexpr int kTeacherRest = kChunks * kOwnerChunk;
+  static constexpr int kOut = kTeacherRest + (kChunks - 1) * kOwnerChunk;
+  static constexpr int kH = kOut + std::max(kOutBytes, kOwnerChunk);
+  static constexpr int kHBytes = kOwners * kLineBytes;
+  static constexpr int kRing = kH + 2 * kHBytes;
+  static constexpr int kStageTeacher = kChunks * kOtherChunk;
+  static constexpr int kStageValues = 2 * kStageTeacher;
+  static constexpr int kStageBytes = kStageValues + kTileTokens * static_cast<int>(sizeof(BackwardToken));
+  static constexpr int kOwnerValues = kRing + kStages * kStageBytes;
+  static constexpr int kPlan = kOwnerValues + kOwners * static_cast<int>(sizeof(BackwardToken));
+  static constexpr int kBarriers = kPlan + 16;
+  static_assert(kH % kSwizzleBytes == 0 && kStageBytes % kSwizzleBytes == 0);
+
+ public:
+  static constexpr int kSharedBytes = kBarriers + (1 + 2 * kStages + 2 * 2 + 2 * kGroups) * 8;
+  static_assert(kSharedBytes <= 227 * 1024);
+
+  __device__ static void run(const BackwardArguments& arguments) {
+    const Walk walk = Walk::of_block(arguments.schedule, static_cast<int>(blockIdx.x));
+    if (arguments.params.wide_heads[walk.head] != 0) return;
+    const Plan plan = plan_of(arguments, walk);
+    if (plan.tiles > 0) Backward(arguments, plan).run_block();
+  }
+
+ private:
+  using Position = RingPosition<kStages>;
+
+  const BackwardArguments& arguments_;
+  const TriangularBackwardParams& p_;
+  char* const memory_;
+  const uint32_t shared_;
+
+  struct Plan {
+    int head;
+    int first;      ///< owner
+    int last_tile;  ///< the walk goes from here to earlier ones
+    int tiles;
+  };
+
+  __device__ static Plan plan_of(const BackwardArguments& arguments, const Walk& walk) {
+    const int first = (arguments.schedule.token_blocks - 1 - walk.token_block) * kOwners;
+    const int tiles = (min(first + kOwners, arguments.params.tokens) + kTileTokens - 1) / kTileTokens;
+    const int begin = Walk::part_begin(arguments.schedule, walk.part, tiles);
+    const int end = Walk::part_begin(arguments.schedule, walk.part + 1, tiles);
+    return {walk.head, first, end - 1, end - begin};
+  }
+
+  /// The plan waits in shared memory: registers are scarcer.
+  __device__ Backward(const BackwardArguments& arguments, const Plan& plan)
+      : arguments_(arguments),
+        p_(arguments.params),
+        memory_(dynamic_shared_memory()),
+        shared_(shared_address(memory_)) {
+    if (threadIdx.x == 0) *reinterpret_cast<Plan*>(memory_ + kPlan) = plan;
+  }
+
+  __device__ const Plan& plan() const { return *reinterpret_cast<const Plan*>(memory_ + kPlan); }
+  __device__ uint32_t owners_loaded() const { return shared_ + kBarriers; }
+  __device__ uint32_t full(int stage) const { return shared_ + kBarriers + 8 + 16 * stage; }
+  __device__ uint32_t empty(int stage) const { return full(stage) + 8; }
+  __device__ uint32_t h_full(int buffer) const { return full(kStages + buffer); }
+  __device__ uint32_t h_empty(int buffer) const { return empty(kStages + buffer); }
+  __device__ uint32_t out_full(int group) const { return full(kStages + 2 + group); }
+  __device__ uint32_t out_empty(int group) const { return empty(kStages + 2 + group); }
+  __device__ uint32_t stage_at(int stage) const { return shared_ + kRing + stage * kStageBytes; }
+  __device__ uint32_t h_at(int buffer) const { return shared_ + kH + buffer * kHBytes; }
+
+  __device__ void run_block() {
+    constexpr int kWarps = kConsumerThreads / 32;
+    if (threadIdx.x == 0) {
+      mbarrier_init(owners_loaded(), 1);
+      for (int s = 0; s < kStages; ++s) {
+        mbarrier_init(full(s), 1);
+        mbarrier_init(empty(s), kWarps);
+      }
+      for (int b = 0; b < 2; ++b) {
+        mbarrier_init(h_full(b), kWarps);
+        mbarrier_init(h_empty(b), kShareTile ? kWarps : kWarps / kGroups);
+      }
+      for (int g = 0; g < kGroups; ++g) {
+        mbarrier_init(out_full(g), kWarps / kGroups);
+        mbarrier_init(out_empty(g), 1);
+      }
+      fence_mbarrier_init();
+    }
+    __syncthreads();
+    const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+    if (group == 0) {
+      give_registers<kProducerRegisters>();
+      const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+      if (warp == 0 && elect_one()) produce();
+      if (warp > 0 && warp <= kGroups) send(warp - 1);
+    } else {
+      take_registers<kConsumerRegisters>();
+      Consumer(*this, group - 1).run();
+    }
+  }
+
+  // --- the producer: one thread
+  // ---------------------------------------------------------------------------------------
+
+  __device__ void load(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int chunk, int token) const {
+    tma_load_4d(shared, &map, barrier, chunk * kChunkDims, token, plan().head % p_.heads, plan().head / p_.heads);
+  }
+
+  __device__ void produce() const {
+    prefetch_tensor_map(&arguments_.student);
+    prefetch_tensor_map(&arguments_.teacher);
+    prefetch_tensor_map(&arguments_.token_values);
+    mbarrier_arrive_expect(owners_loaded(), 2 * kChunks * kOwnerChunk);
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      for (int token = 0; token < kOwners; token += kTileTokens) {
+        const uint32_t to = shared_ + chunk * kOwnerChunk + token * kLineBytes;
+        const int teacher = chunk == 0 ? kOut : kTeacherRest - kOwnerChunk;
+        load(to + teacher, arguments_.teacher, owners_loaded(), chunk, plan().first + token);
+        load(to, arguments_.student, owners_loaded(), chunk, plan().first + token);
+      }
+    }
+    Position position;
+    for (int i = 0; i < plan().tiles; ++i) {
+      load_tile((plan().last_tile - i) * kTileTokens, position);
+      position.advance();
+    }
+  }
+
+  __device__ void load_tile(int token, const Position& position) const {
+    const uint32_t stage = stage_at(position.stage);
+    const uint32_t barrier = full(position.stage);
+    mbarrier_wait(empty(position.stage), position.parity ^ 1);
+    mbarrier_arrive_expect(barrier, kStageBytes);
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      load(stage + chunk * kOtherChunk, arguments_.student, barrier, chunk, token);
+      load(stage + kStageTeacher + chunk * kOtherChunk, arguments_.teacher, barrier, chunk, token);
+    }
+    tma_load_4d(stage + kStageValues, &arguments_.token_values, barrier, 0, token, plan().head, 0);
+  }
+
+  // --- the senders: a warp for each group of consumers
+  // ----------------------------------------------------------------
+
+  /// Whether a group adds up the others' gradient of tile i, and how many of the first tiles.
+  __device__ static bool is_of_group(int i, int group) { return kShareTile || i % kGroups == group; }
+  __device__ static int count_of_group(int tiles, int group) {
+    return kShareTile ? tiles : (tiles + kGroups - 1 - group) / kGroups;
+  }
+
+  /// The group's gradients in the order in which it writes them: of each tile's others, then of the owners.
+  __device__ void send(int group) const {
+    int count = 0;
+    for (int i = 0; i < plan().tiles; ++i) {
+      if (is_of_group(i, group)) send(group, count++, (plan().last_tile - i) * kTileTokens, kShareTile ? group : 0);
+    }
+    for (int chunk = 0; chunk < kChunks; ++chunk)
+      send(group, count++, plan().first + group * kTileTokens, chunk);
+  }
+
+  /// @param count sent before, @param first_token of 64, @param chunk of dimensions
+  __device__ void send(int group, int count, int first_token, int chunk) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int dims = min(p_.student.dim - chunk * kChunkDims, kChunkDims);
+    mbarrier_wait(out_full(group), count % 2);
+#pragma unroll 1
+    for (int row = lane; row < kTileTokens; row += 32) {
+      const int token = first_token + row;
+      if (token >= p_.tokens || dims <= 0) continue;
+      const int64_t at = static_cast<int64_t>(plan().head) * p_.tokens + token;
+      reduce_add_bulk(p_.gradient + at * p_.student.dim + chunk * kChunkDims,
+                      shared_ + kOut + (group * kTileTokens + row) * kOutLine, static_cast<uint32_t>(dims) * 4);
+    }
+    bulk_commit();
+    bulk_wait_read<0>();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(out_empty(group));
+  }
+
+  class Consumer;
+};
+
+}  // namespace linearard::cuda::sm90
+
+#include "backward_consumer.cuh"
+
+namespace linearard::cuda::sm90 {
+
+template <typename T, int kDim>
+__global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_constant__ BackwardArguments arguments) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(LINEARARD_EMULATION)
+  Backward<T, kDim>::run(arguments);
+#endif
+}
+
+}  // namespace linearard::cuda::sm90

@@ -1,0 +1,271 @@
+#pragma once
+
+#include "../triangular/params.h"
+#include "descriptors.cuh"
+#include "instructions.cuh"
+#include "pairs.cuh"
+#include "schedule.cuh"
+
+// The sums of the triangular forward. A block of threads owns a block of tokens; all later tokens of the head visit it,
+// 64 at a time. Visitors are the rows of the products and owners their columns: sums of owners stay in registers for
+// the whole walk, and those of visitors, a few values of four neighbouring threads, leave with each tile. The other way
+// round every tile's columns would have to be summed over eight threads, which costs a third of the arithmetic again.
+
+namespace linearard::cuda::sm90 {
+
+struct ForwardArguments {
+  CUtensorMap student;
+  CUtensorMap teacher;
+  TriangularForwardParams params;
+  Schedule schedule;
+};
+
+template <typename T, int kDim>
+class Forward {
+ public:
+  static constexpr int kGroupOwners = kDim <= 128 ? 96 : 64;  ///< by registers: 4 for each owner and thread
+  static constexpr int kOwners = kGroups * kGroupOwners;
+
+ private:
+  static constexpr int kElements = kGroupOwners / 2;  ///< accumulators of a thread, of either product
+  static constexpr int kChunks = kDim / kChunkDims;
+  static constexpr int kOwnerChunk = kOwners * kLineBytes;
+  static constexpr int kVisitorChunk = kTileTokens * kLineBytes;
+  // A stage holds the visitors' vectors of one side: first the teacher's, then the student's.
+  static constexpr int kStages = kDim <= 64 ? 8 : kDim <= 128 ? 6 : 3;
+  static constexpr int kStageBytes = kChunks * kVisitorChunk;
+  static constexpr int kOwnerTeacher = kChunks * kOwnerChunk;
+  static constexpr int kRing = 2 * kOwnerTeacher;
+  static constexpr int kOwnerValues = kRing + kStages * kStageBytes;
+  static constexpr int kBarriers = kOwnerValues + kOwners * static_cast<int>(sizeof(ForwardToken));
+
+ public:
+  static constexpr int kSharedBytes = kBarriers + (1 + 2 * kStages) * 8;
+  static_assert(kSharedBytes <= 227 * 1024);
+
+  __device__ static void run(const ForwardArguments& arguments) {
+    const Walk walk = Walk::of_block(arguments.schedule, static_cast<int>(blockIdx.x));
+    if (arguments.params.wide_heads[walk.head] != 0) return;
+    Forward forward(arguments, walk);
+    if (forward.begin_ < forward.end_) forward.run_block();
+  }
+
+ private:
+  using Position = RingPosition<kStages>;
+
+  const ForwardArguments& arguments_;
+  const TriangularForwardParams& p_;
+  char* const memory_;
+  const uint32_t shared_;
+  const int head_;
+  const int first_;  ///< owner
+  int begin_;        ///< tiles of visitors
+  int end_;
+
+  __device__ Forward(const ForwardArguments& arguments, const Walk& walk)
+      : arguments_(arguments),
+        p_(arguments.params),
+        memory_(dynamic_shared_memory()),
+        shared_(shared_address(memory_)),
+        head_(walk.head),
+        first_(walk.token_block * kOwners) {
+    const int begin = first_ / kTileTokens;
+    const int tiles = (p_.tokens + kTileTokens - 1) / kTileTokens - begin;
+    begin_ = begin + Walk::part_begin(arguments.schedule, walk.part, tiles);
+    end_ = begin + Walk::part_begin(arguments.schedule, walk.part + 1, tiles);
+  }
+
+  __device__ uint32_t owners_loaded() const { return shared_ + kBarriers; }
+  __device__ uint32_t full(int stage) const { return shared_ + kBarriers + 8 + 16 * stage; }
+  __device__ uint32_t empty(int stage) const { return full(stage) + 8; }
+  __device__ uint32_t stage_at(int stage) const { return shared_ + kRing + stage * kStageBytes; }
+  __device__ const ForwardToken* values() const { return p_.token_values + static_cast<int64_t>(head_) * p_.tokens; }
+  __device__ ForwardToken value_of(int token) const {
+    if (token >= p_.tokens) return {0.f, 0.f};
+    const float2 value = __ldg(reinterpret_cast<const float2*>(values()) + token);
+    return {value.x, value.y};
+  }
+
+  __device__ void run_block() {
+    auto* owner_values = reinterpret_cast<ForwardToken*>(memory_ + kOwnerValues);
+    if (threadIdx.x < kOwners) owner_values[threadIdx.x] = value_of(first_ + static_cast<int>(threadIdx.x));
+    if (threadIdx.x == 0) {
+      mbarrier_init(owners_loaded(), 1);
+      for (int s = 0; s < kStages; ++s) {
+        mbarrier_init(full(s), 1);
+        mbarrier_init(empty(s), kConsumerThreads / 32);
+      }
+      fence_mbarrier_init();
+    }
+    __syncthreads();
+    const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+    if (group == 0) {
+      give_registers<kProducerRegisters>();
+      if (threadIdx.x < 32 && elect_one()) produce();
+    } else {
+      take_registers<kConsumerRegisters>();
+      consume(group - 1);
+    }
+  }
+
+  // --- the producer: one thread
+  // ---------------------------------------------------------------------------------------
+
+  __device__ void load(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int chunk, int token) const {
+    tma_load_4d(shared, &map, barrier, chunk * kChunkDims, token, head_ % p_.heads, head_ / p_.heads);
+  }
+
+  __device__ void load_owners(uint32_t shared, const CUtensorMap& map) const {
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      for (int token = 0; token < kOwners; token += kTileTokens) {
+        load(shared + chunk * kOwnerChunk + token * kLineBytes, map, owners_loaded(), chunk, first_ + token);
+      }
+    }
+  }
+
+  __device__ void load_visitors(const CUtensorMap& map, Position& position, int tile) const {
+    const int s = position.stage;
+    mbarrier_wait(empty(s), position.parity ^ 1);
+    mbarrier_arrive_expect(full(s), kStageBytes);
+    for (int chunk = 0; chunk < kChunks; ++chunk)
+      load(stage_at(s) + chunk * kVisitorChunk, map, full(s), chunk, tile * kTileTokens);
+    position.advance();
+  }
+
+  __device__ void produce() const {
+    prefetch_tensor_map(&arguments_.student);
+    prefetch_tensor_map(&arguments_.teacher);
+    mbarrier_arrive_expect(owners_loaded(), 2 * kOwnerTeacher);
+    load_owners(shared_ + kOwnerTeacher, arguments_.teacher);
+    load_owners(shared_, arguments_.student);
+    Position position;
+    for (int tile = begin_; tile < end_; ++tile) {
+      load_visitors(arguments_.teacher, position, tile);
+      load_visitors(arguments_.student, position, tile);
+    }
+  }
+
+  // --- the consumers: two warpgroups
+  // ----------------------------------------------------------------------------------
+
+  /// Visitors x owners of the group: issued, not waited for.
+  __device__ static void multiply(float (&products)[kElements], uint32_t visitors, uint32_t owners) {
+    const uint64_t a = matrix_descriptor<kVisitorChunk>(visitors);
+    const uint64_t b = matrix_descriptor<kOwnerChunk>(owners);
+    warpgroup_fence();
+#pragma unroll
+    for (int step = 0; step < kDim / kStep; ++step) {
+      wgmma<T, false, false>(products, a + dimension_step<kVisitorChunk>(step), b + dimension_step<kOwnerChunk>(step),
+                             step > 0);
+    }
+    warpgroup_commit();
+  }
+
+  __device__ void release(int stage) const {
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty(stage));
+  }
+
+  __device__ void consume(int group) const {
+    const ElementFactors factors(p_.factors);
+    const int first_owner = first_ + group * kGroupOwners;
+    const uint32_t owners = shared_ + group * kGroupOwners * kLineBytes;
+    const auto* columns =
+        reinterpret_cast<const ColumnPair*>(memory_ + kOwnerValues) + (group * kGroupOwners + column_of_thread()) / 2;
+    Sums owner_sums[kElements / 2];
+    Position position;
+    mbarrier_wait(owners_loaded(), 0);
+    // The warpgroups multiply in turns, so that one uses the tensor cores while the other one adds.
+    if (group == 1) pass_turn(group);
+#pragma unroll 1
+    for (int tile = begin_; tile < end_; ++tile) {
+      const int first_row = tile * kTileTokens + row_of_thread();
+      ForwardRows rows{{value_of(first_row), value_of(first_row + 8)}, {}};
+      float student[kElements];
+      float teacher[kElements];
+      const int teacher_stage = position.stage;
+      wait_for_turn(group);
+      mbarrier_wait(full(position.stage), position.parity);
+      multiply(teacher, stage_at(position.stage), owners + kOwnerTeacher);
+      position.advance();
+      mbarrier_wait(full(position.stage), position.parity);
+      multiply(student, stage_at(position.stage), owners);
+      warpgroup_wait<1>();
+      pin(teacher);
+      release(teacher_stage);
+      // The other group's products queue up behind this group's last ones.
+      if (group == 0 || tile + 1 < end_) pass_turn(group);
+      warpgroup_wait<0>();
+      pin(student);
+      release(position.stage);
+      position.advance();
+
+      const int last_row = tile * kTileTokens + kTileTokens - 1;
+      if (last_row <= first_owner) continue;
+      const Diagonal diagonal{first_row - first_owner - column_of_thread()};
+      if (tile * kTileTokens >= first_owner + kGroupOwners) {
+        add_pairs<false>(student, teacher, factors, columns, diagonal, rows, owner_sums);
+      } else {
+        add_pairs<true>(student, teacher, factors, columns, diagonal, rows, owner_sums);
+      }
+      write_visitors(rows.sums, first_row);
+    }
+    // A causal pair counts for its later token only.
+    if (!p_.causal) write_owners(owner_sums, first_owner);
+  }
+
+  // --- sums leave by additions in global memory
+  // -----------------------------------------------------------------------
+
+  __device__ void add(int token, const Sums& sums) const {
+    if (token >= p_.tokens) return;
+    float* to = p_.sums + static_cast<int64_t>(head_) * kSums * p_.tokens + token;
+    atomicAdd(to, sums.mass);
+    atomicAdd(to + p_.tokens, sums.moment);
+    atomicAdd(to + 2 * p_.tokens, sums.phi);
+  }
+
+  /// The thread whose lane differs in this bit keeps the other sums; this one returns its own.
+  __device__ static Sums exchange(const Sums& first, const Sums& second, int bit) {
+    const bool keeps_second = (threadIdx.x & bit) != 0;
+    const auto exchanged = [=](float a, float b) {
+      return (keeps_second ? b : a) + __shfl_xor_sync(0xffffffffu, keeps_second ? a : b, bit);
+    };
+    return {exchanged(first.mass, second.mass), exchanged(first.moment, second.moment),
+            exchanged(first.phi, second.phi)};
+  }
+
+  /// Over the four threads that share the rows: one keeps the first row, its neighbour the second.
+  __device__ void write_visitors(const Sums (&sums)[2], int first_row) const {
+    Sums mine = exchange(sums[0], sums[1], 1);
+    mine.mass += __shfl_xor_sync(0xffffffffu, mine.mass, 2);
+    mine.moment += __shfl_xor_sync(0xffffffffu, mine.moment, 2);
+    mine.phi += __shfl_xor_sync(0xffffffffu, mine.phi, 2);
+    if ((threadIdx.x & 2) == 0) add(first_row + 8 * static_cast<int>(threadIdx.x & 1), mine);
+  }
+
+  /// Over the eight threads that share the columns, each of which keeps one column of two fragments in four.
+  __device__ void write_owners(const Sums (&sums)[kElements / 2], int first_owner) const {
+    constexpr int kFragments = kElements / 4;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int n = 0; n < kFragments; n += 4) {
+      Sums of_fragment[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        of_fragment[i] = exchange(sums[2 * (n + i)], sums[2 * (n + i) + 1], 4);
+      const Sums even = exchange(of_fragment[0], of_fragment[1], 8);
+      const Sums odd = exchange(of_fragment[2], of_fragment[3], 8);
+      const int fragment = n + (lane >> 3 & 1) + (lane >> 4) * 2;
+      add(first_owner + 8 * fragment + column_of_thread() + (lane >> 2 & 1), exchange(even, odd, 16));
+    }
+  }
+};
+
+template <typename T, int kDim>
+__global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ ForwardArguments arguments) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(LINEARARD_EMULATION)
+  Forward<T, kDim>::run(arguments);
+#endif
+}
+
+}  // namespace linearard::cuda::sm90

@@ -1,0 +1,35 @@
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include "../triangular/params.h"
+
+// The kernels that exist: each is instantiated in a file of its own in cuda/instantiations.
+
+#define LINEARARD_FOR_EACH_SM90_FORWARD(macro, T) macro(T, 64) macro(T, 128) macro(T, 256)
+#define LINEARARD_FOR_EACH_SM90_BACKWARD(macro, T) macro(T, 64) macro(T, 128)
+
+namespace linearard::cuda::sm90 {
+
+inline constexpr int kLargestForwardDim = 256;
+inline constexpr int kLargestBackwardDim = 128;
+
+template <typename T, int kDim>
+cudaError_t launch_forward(const TriangularForwardParams& params, int multiprocessors, cudaStream_t stream);
+template <typename T, int kDim>
+cudaError_t launch_backward(const TriangularBackwardParams& params, int multiprocessors, cudaStream_t stream);
+
+#define LINEARARD_FORWARD(T, kDim) \
+  extern template cudaError_t launch_forward<T, kDim>(const TriangularForwardParams&, int, cudaStream_t);
+#define LINEARARD_BACKWARD(T, kDim) \
+  extern template cudaError_t launch_backward<T, kDim>(const TriangularBackwardParams&, int, cudaStream_t);
+LINEARARD_FOR_EACH_SM90_FORWARD(LINEARARD_FORWARD, __half)
+LINEARARD_FOR_EACH_SM90_FORWARD(LINEARARD_FORWARD, __nv_bfloat16)
+LINEARARD_FOR_EACH_SM90_BACKWARD(LINEARARD_BACKWARD, __half)
+LINEARARD_FOR_EACH_SM90_BACKWARD(LINEARARD_BACKWARD, __nv_bfloat16)
+#undef LINEARARD_FORWARD
+#undef LINEARARD_BACKWARD
+
+}  // namespace linearard::cuda::sm90

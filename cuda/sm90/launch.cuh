@@ -1,0 +1,43 @@
+#pragma once
+
+#include "../common/launch.cuh"
+#include "backward.cuh"
+#include "forward.cuh"
+#include "tensor_map.h"
+
+namespace linearard::cuda::sm90 {
+
+template <typename Arguments, typename Params>
+cudaError_t prepare_arguments(Arguments& arguments, const Params& p, int owners, int multiprocessors) {
+  const int token_blocks = (p.tokens + owners - 1) / owners;
+  const int longest = (p.tokens + kTileTokens - 1) / kTileTokens;
+  const int64_t head_bytes = int64_t{4} * p.tokens * p.student.dim;  // of both sides
+  arguments.params = p;
+  arguments.schedule = Schedule::make(p.batch * p.heads, token_blocks, longest, head_bytes, multiprocessors);
+  const cudaError_t error = map_vectors(arguments.student, p.student, p.batch, p.heads, p.tokens);
+  if (error != cudaSuccess) return error;
+  return map_vectors(arguments.teacher, p.teacher, p.batch, p.heads, p.tokens);
+}
+
+/// Instantiated in instantiations/, one file for each dtype and dimension.
+template <typename T, int kDim>
+cudaError_t launch_forward(const TriangularForwardParams& params, int multiprocessors, cudaStream_t stream) {
+  ForwardArguments arguments;
+  const cudaError_t error = prepare_arguments(arguments, params, Forward<T, kDim>::kOwners, multiprocessors);
+  if (error != cudaSuccess) return error;
+  return launch_blocks(forward_kernel<T, kDim>, arguments, arguments.schedule.blocks(), kThreads,
+                       Forward<T, kDim>::kSharedBytes, stream);
+}
+
+template <typename T, int kDim>
+cudaError_t launch_backward(const TriangularBackwardParams& params, int multiprocessors, cudaStream_t stream) {
+  BackwardArguments arguments;
+  cudaError_t error = prepare_arguments(arguments, params, Backward<T, kDim>::kOwners, multiprocessors);
+  if (error != cudaSuccess) return error;
+  error = map_token_values(arguments.token_values, params.token_values, params.batch * params.heads, params.tokens);
+  if (error != cudaSuccess) return error;
+  return launch_blocks(backward_kernel<T, kDim>, arguments, arguments.schedule.blocks(), kThreads,
+                       Backward<T, kDim>::kSharedBytes, stream);
+}
+
+}  // namespace linearard::cuda::sm90

@@ -1,0 +1,137 @@
+#pragma once
+
+#include "../mma/instructions.cuh"
+#include "../triangular/elements.cuh"
+
+// The pairs of a warpgroup's accumulators: see wgmma.cuh for which thread holds which. Rows and columns are tokens.
+
+namespace linearard::cuda::sm90 {
+
+using triangular::ColumnPair;
+using triangular::ElementFactors;
+using triangular::PairTerms;
+using triangular::Sums;
+
+/// Fragments of 8 columns whose pairs are found near or far together: one vote of the warp for each.
+inline constexpr int kVoteFragments = 4;
+
+__device__ inline int warp_of_group() { return static_cast<int>(threadIdx.x) % 128 / 32; }
+/// The first of the thread's two rows, the other is 8 below; and the first of its two columns of a fragment.
+__device__ inline int row_of_thread() { return warp_of_group() * 16 + static_cast<int>(threadIdx.x) % 32 / 4; }
+__device__ inline int column_of_thread() { return static_cast<int>(threadIdx.x) % 4 * 2; }
+
+/// What is added to the sums of both tokens of a pair, but for the other one's weight.
+struct ForwardTerms {
+  float mass;
+  float moment;
+  float phi;
+};
+
+/// @param d difference / student, @param exponent of E. All near: the warp's |d| are in reach of the series.
+template <bool kAllNear>
+__device__ ForwardTerms forward_terms(const ElementFactors& f, float d, float exponent) {
+  const float e = exp2_approximate(exponent);
+  const float moment = e * d;
+  const float phi = moment * (d * fmaf(d, fmaf(d, fmaf(d, f.k5, f.k4), f.k3), f.k2));
+  if constexpr (kAllNear) return {e, moment, phi};
+  // The student's side of the pair counts where the teacher's has underflowed.
+  const float other = exp2_approximate(fmaf(d, f.student, exponent));
+  return {e, moment, fabsf(d) < f.near ? phi : fmaf(-f.nats, moment, other - e)};
+}
+
+/// The rows of a thread, and its sums of them.
+struct ForwardRows {
+  ForwardToken values[2];
+  Sums sums[2];
+};
+
+/// Where a tile meets the diagonal.
+struct Diagonal {
+  int distance;  ///< of the thread's first row from its first column
+
+  /// Of accumulator c of a fragment; pairs with row > column count.
+  __device__ int row_minus_column(int fragment, int c) const { return distance + 8 * (c / 2) - 8 * fragment - c % 2; }
+};
+
+template <bool kPartial, bool kAllNear, int kElements>
+__device__ void add_fragments(const float (&difference)[kElements],
+                              const float (&teacher)[kElements],
+                              int first,
+                              const ElementFactors& factors,
+                              const ColumnPair* columns,
+                              const Diagonal& diagonal,
+                              ForwardRows& rows,
+                              Sums (&column_sums)[kElements / 2]) {
+#pragma unroll
+  for (int n = first; n < first + kVoteFragments; ++n) {
+    const ColumnPair pair = columns[4 * n];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const ForwardToken& row = rows.values[c / 2];
+      const ForwardToken& column = c % 2 == 0 ? pair.first : pair.second;
+      const float exponent = factors.exponent(teacher[4 * n + c], row.bias, column.bias);
+      ForwardTerms terms = forward_terms<kAllNear>(factors, difference[4 * n + c], exponent);
+      if (kPartial && diagonal.row_minus_column(n, c) <= 0) terms = {0, 0, 0};
+      rows.sums[c / 2].add(terms.mass, terms.moment, terms.phi, column.weight);
+      column_sums[2 * n + c % 2].add(terms.mass, terms.moment, terms.phi, row.weight);
+    }
+  }
+}
+
+/// Adds all pairs to the sums of their rows and columns. Overwrites the student's products.
+/// @param columns values of the thread's columns of fragment 0; those of fragment n are 4 n pairs further
+template <bool kPartial, int kElements>
+__device__ void add_pairs(float (&student)[kElements],
+                          const float (&teacher)[kElements],
+                          const ElementFactors& factors,
+                          const ColumnPair* columns,
+                          const Diagonal& diagonal,
+                          ForwardRows& rows,
+                          Sums (&column_sums)[kElements / 2]) {
+  static_assert(kElements % (4 * kVoteFragments) == 0);
+#pragma unroll
+  for (int first = 0; first < kElements / 4; first += kVoteFragments) {
+    float largest = 0;
+#pragma unroll
+    for (int i = 4 * first; i < 4 * (first + kVoteFragments); ++i) {
+      student[i] = factors.difference(student[i], teacher[i]);
+      largest = fmaxf(largest, fabsf(student[i]));  // NaN passes: it reaches the sums through E
+    }
+    if (__all_sync(0xffffffffu, largest < factors.near)) {
+      add_fragments<kPartial, true>(student, teacher, first, factors, columns, diagonal, rows, column_sums);
+    } else {
+      add_fragments<kPartial, false>(student, teacher, first, factors, columns, diagonal, rows, column_sums);
+    }
+  }
+}
+
+/// H of all pairs, rounded and packed as the operand A of a sum over the columns: 16 of them for each step.
+/// @param columns values of the thread's first column; @param self what a token's pair with itself counts
+template <typename T, bool kPartial, int kElements>
+__device__ void weigh_pairs(const float (&student)[kElements],
+                            const float (&teacher)[kElements],
+                            const PairTerms& terms,
+                            const BackwardToken (&rows)[2],
+                            const BackwardToken* columns,
+                            const Diagonal& diagonal,
+                            float self,
+                            uint32_t (&h)[kElements / 8][4]) {
+#pragma unroll
+  for (int n = 0; n < kElements / 4; ++n) {
+    const BackwardToken pair[2] = {columns[8 * n], columns[8 * n + 1]};
+    float weights[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const auto parts = terms(student[4 * n + c], teacher[4 * n + c], rows[c / 2], pair[c % 2]);
+      weights[c] = parts.e * (parts.first + parts.second);
+      if constexpr (kPartial) {
+        const int distance = diagonal.row_minus_column(n, c);
+        weights[c] = distance > 0 ? weights[c] : distance == 0 ? weights[c] * self : 0.f;
+      }
+    }
+    h[n / 2][n % 2 * 2] = pack<T>(weights[0], weights[1]);
+    h[n / 2][n % 2 * 2 + 1] = pack<T>(weights[2], weights[3]);
+  }
+}
+
+}  // namespace linearard::cuda::sm90

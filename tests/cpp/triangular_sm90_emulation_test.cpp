@@ -1,0 +1,230 @@
+#include <cmath>
+#include <ostream>
+#include <string>
+
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include <emulation/block.h>
+#include <sm90/instantiations.h>
+
+#include "kernel_parameters.h"
+#include "reference.h"
+
+// The Hopper kernels of the triangular relation, run on the CPU by tests/emulation, against float64.
+
+namespace linearard {
+namespace {
+
+using cuda::BackwardToken;
+using cuda::ForwardToken;
+using testing::gaussian;
+using testing::vectors_of;
+
+struct Relation {
+  int64_t batch = 1;
+  int64_t heads = 2;
+  int64_t tokens = 200;
+  int64_t dim = 64;
+  at::ScalarType type = at::kBFloat16;
+  bool causal = false;
+  double noise = 0.05;       ///< student = teacher + noise
+  double student_scale = 1;  ///< over the teacher's: 1 has excess 0
+  int multiprocessors = 1;   ///< more than there are walks: walks are cut
+  bool token_major = false;  ///< [B, N, H, D] in memory
+  uint32_t schedule = 0;     ///< of the emulated warps
+};
+
+std::ostream& operator<<(std::ostream& out, const Relation& r) {
+  return out << r.batch << "x" << r.heads << "x" << r.tokens << "x" << r.dim << " " << r.type << " causal=" << r.causal
+             << " noise=" << r.noise << " student_scale=" << r.student_scale << " SMs=" << r.multiprocessors
+             << " token_major=" << r.token_major;
+}
+
+/// Vectors, factors and logits in units of log 2 of a relation: t, and x = s - t, [B H, N, N] in float64.
+struct Problem {
+  at::Tensor student;
+  at::Tensor teacher;
+  cuda::LogitFactors factors{};
+  at::Tensor t;
+  at::Tensor x;
+};
+
+at::Tensor flat(const at::Tensor& vectors) { return vectors.flatten(0, 1).to(at::kDouble); }
+
+Problem problem_of(const Relation& r) {
+  Problem p;
+  const at::Tensor teacher = gaussian(r.batch, r.heads, r.tokens, r.dim, 1);
+  p.teacher = teacher.to(r.type);
+  p.student = (teacher + r.noise * gaussian(r.batch, r.heads, r.tokens, r.dim, 2)).to(r.type);
+  if (r.token_major) {
+    p.teacher = p.teacher.transpose(1, 2).contiguous().transpose(1, 2);
+    p.student = p.student.transpose(1, 2).contiguous().transpose(1, 2);
+  }
+  const auto scale = static_cast<float>(std::log2(std::exp(1.0)) / std::sqrt(static_cast<double>(r.dim)));
+  p.factors.teacher = scale;
+  p.factors.student = scale * static_cast<float>(r.student_scale);
+  p.factors.excess = 1 - p.factors.teacher / p.factors.student;
+  const at::Tensor s = flat(p.student).matmul(flat(p.student).mT()) * static_cast<double>(p.factors.student);
+  p.t = flat(p.teacher).matmul(flat(p.teacher).mT()) * static_cast<double>(p.factors.teacher);
+  p.x = s - p.t;
+  return p;
+}
+
+template <typename Params>
+Params params_of(const Relation& r, const Problem& p, const at::Tensor& wide_heads) {
+  Params params{};
+  params.student = vectors_of(p.student, r.heads);
+  params.teacher = vectors_of(p.teacher, r.heads);
+  params.batch = static_cast<int>(r.batch);
+  params.heads = static_cast<int>(r.heads);
+  params.tokens = static_cast<int>(r.tokens);
+  params.causal = r.causal;
+  params.traversal = cuda::Traversal::kTriangular;
+  params.factors = p.factors;
+  params.wide_heads = wide_heads.const_data_ptr<int>();
+  return params;
+}
+
+template <typename T>
+cudaError_t launch_of(const cuda::TriangularForwardParams& p, int multiprocessors) {
+  if (p.student.dim <= 64) return cuda::sm90::launch_forward<T, 64>(p, multiprocessors, nullptr);
+  if (p.student.dim <= 128) return cuda::sm90::launch_forward<T, 128>(p, multiprocessors, nullptr);
+  return cuda::sm90::launch_forward<T, 256>(p, multiprocessors, nullptr);
+}
+template <typename T>
+cudaError_t launch_of(const cuda::TriangularBackwardParams& p, int multiprocessors) {
+  if (p.student.dim <= 64) return cuda::sm90::launch_backward<T, 64>(p, multiprocessors, nullptr);
+  return cuda::sm90::launch_backward<T, 128>(p, multiprocessors, nullptr);
+}
+template <typename Params>
+cudaError_t launch(const Relation& r, const Params& p) {
+  return r.type == at::kHalf ? launch_of<__half>(p, r.multiprocessors) : launch_of<__nv_bfloat16>(p, r.multiprocessors);
+}
+
+at::Tensor visible_pairs(const Relation& r) {
+  const at::Tensor all = at::ones({r.tokens, r.tokens}, at::kDouble);
+  return r.causal ? all.tril() : all;
+}
+
+double largest_relative_error(const at::Tensor& computed, const at::Tensor& exact, const at::Tensor& size) {
+  return ((computed.to(at::kDouble) - exact).abs() / size).nan_to_num(0).max().item<double>();
+}
+
+/// Under schedules that differ by the case: a missing barrier shows in some.
+class TriangularSm90 : public ::testing::TestWithParam<Relation> {
+ protected:
+  void SetUp() override { emulation::set_schedule(GetParam().schedule); }
+  void TearDown() override { emulation::set_schedule(0); }
+};
+
+/// The three sums over the other tokens. float rounds exponents of up to 64 units and the products of vectors, of whose
+/// difference phi is the square.
+TEST_P(TriangularSm90, Forward) {
+  const Relation& r = GetParam();
+  const Problem p = problem_of(r);
+  const at::Tensor own = p.t.diagonal(0, 1, 2);
+  const at::Tensor center = (own.amax(1, true) + own.amin(1, true)) / 4;
+  const at::Tensor values =
+      at::stack({own / 2 - cuda::kHeadroom / 2, at::exp2(own / 2 - center)}, 2).to(at::kFloat).contiguous();
+  const at::Tensor wide = at::zeros({r.batch * r.heads}, at::kInt);
+  const at::Tensor sums = at::zeros({r.batch * r.heads, cuda::kSums, r.tokens}, at::kFloat);
+  auto params = params_of<cuda::TriangularForwardParams>(r, p, wide);
+  params.token_values = reinterpret_cast<const ForwardToken*>(values.const_data_ptr<float>());
+  params.sums = sums.mutable_data_ptr<float>();
+  ASSERT_EQ(launch(r, params), cudaSuccess);
+
+  const at::Tensor bias = values.select(2, 0).to(at::kDouble);
+  const at::Tensor weight = values.select(2, 1).to(at::kDouble);
+  const at::Tensor others = visible_pairs(r) - at::eye(r.tokens, at::kDouble);
+  const at::Tensor e = at::exp2(p.t - bias.unsqueeze(1) - bias.unsqueeze(2)) * weight.unsqueeze(1) * others;
+  const at::Tensor difference = p.x / static_cast<double>(p.factors.student);
+  const at::Tensor nats = p.x * std::log(2.0);
+  const double tolerance = 2e-5;
+  EXPECT_LT(largest_relative_error(sums.select(1, 0), e.sum(2), e.sum(2)), tolerance);
+  EXPECT_LT(largest_relative_error(sums.select(1, 1), (e * difference).sum(2), (e * difference.abs()).sum(2)),
+            tolerance);
+  const at::Tensor phi = (e * (at::expm1(nats) - nats)).sum(2);
+  EXPECT_LT(largest_relative_error(sums.select(1, 2), phi, phi), 2 * tolerance);
+}
+
+/// H X. H is rounded to 16 bits: twice what that does to the exact result is allowed, and what rounding both
+/// probabilities to float does.
+TEST_P(TriangularSm90, Backward) {
+  const Relation& r = GetParam();
+  if (r.dim > cuda::sm90::kLargestBackwardDim) GTEST_SKIP() << "no kernel of this dimension";
+  const Problem p = problem_of(r);
+  const at::Tensor pairs = visible_pairs(r);
+  const at::Tensor teacher = at::log2((at::exp2(p.t) * pairs).sum(2));
+  const at::Tensor student = at::log2((at::exp2(p.t + p.x) * pairs).sum(2));
+  const at::Tensor center = (teacher.amax(1, true) + teacher.amin(1, true)) / 4;
+  const at::Tensor upstream = gaussian(1, 1, r.batch * r.heads, r.tokens, 3)[0][0];
+  const at::Tensor values =
+      at::stack({teacher / 2 - cuda::kHeadroom / 2, at::exp2(teacher / 2 - center - cuda::kHeadroom / 2),
+                 upstream * at::exp2(center - teacher / 2 - cuda::kHeadroom / 2), at::exp2(teacher - student)},
+                2)
+          .to(at::kFloat)
+          .contiguous();
+  const at::Tensor wide = at::zeros({r.batch * r.heads}, at::kInt);
+  const at::Tensor gradient = at::zeros({r.batch * r.heads, r.tokens, r.dim}, at::kFloat);
+  auto params = params_of<cuda::TriangularBackwardParams>(r, p, wide);
+  params.token_values = reinterpret_cast<const BackwardToken*>(values.const_data_ptr<float>());
+  params.gradient = gradient.mutable_data_ptr<float>();
+  ASSERT_EQ(launch(r, params), cudaSuccess);
+
+  // G_ij = upstream_i (Q_ij - P_ij), straight from its definition.
+  const at::Tensor q = at::exp2(p.t + p.x - student.unsqueeze(2));
+  const at::Tensor g = upstream.unsqueeze(2) * (q - at::exp2(p.t - teacher.unsqueeze(2))) * pairs;
+  const at::Tensor h = g + g.mT();
+  const at::Tensor exact = h.matmul(flat(p.student));
+  const at::Tensor rounded = h.to(r.type).to(at::kDouble).matmul(flat(p.student));
+  const at::Tensor p_of_row = upstream.abs().unsqueeze(2) * at::exp2(p.t - teacher.unsqueeze(2)) * pairs;
+  const double own = (p.t.diagonal(0, 1, 2).mean() * std::log(2.0)).item<double>();
+  const double of_probabilities = (p_of_row + p_of_row.mT()).matmul(flat(p.student)).norm().item<double>();
+  const double promise = 2 * (rounded - exact).norm().item<double>() + 5e-7 * (1 + own) * of_probabilities;
+  EXPECT_LT((gradient.to(at::kDouble) - exact).norm().item<double>(), promise);
+  EXPECT_FALSE(gradient.isnan().any().item<bool>());
+}
+
+constexpr at::ScalarType kHalf = at::kHalf;
+
+INSTANTIATE_TEST_SUITE_P(
+    Relations,
+    TriangularSm90,
+    ::testing::Values(
+        Relation{.heads = 1, .tokens = 1},
+        Relation{.tokens = 64},
+        Relation{.tokens = 130, .dim = 64, .token_major = true},
+        Relation{.heads = 3, .tokens = 400, .dim = 64, .type = kHalf, .noise = 0.5, .schedule = 1},
+        Relation{.batch = 2, .tokens = 200, .dim = 40, .causal = true, .student_scale = 1.25},
+        Relation{.tokens = 257, .dim = 128, .type = kHalf, .multiprocessors = 64, .schedule = 2},
+        Relation{.batch = 2, .tokens = 193, .dim = 128, .causal = true, .noise = 0.5, .schedule = 3},
+        Relation{.heads = 1, .tokens = 400, .dim = 128, .student_scale = 0.8, .multiprocessors = 132, .schedule = 4},
+        Relation{.heads = 1, .tokens = 300, .dim = 72, .type = kHalf, .causal = true, .schedule = 5},
+        Relation{.heads = 1, .tokens = 150, .dim = 256, .noise = 0.2, .schedule = 6}),
+    [](const auto& info) { return "Case" + std::to_string(info.index); });
+
+TEST(TriangularSm90Heads, WideHeadsAreLeftAlone) {
+  const Relation r{.heads = 2, .tokens = 100};
+  const Problem p = problem_of(r);
+  const at::Tensor wide = at::tensor({0, 1}, at::kInt);
+  const at::Tensor values = at::ones({r.heads, r.tokens, 4}, at::kFloat);
+  const at::Tensor sums = at::zeros({r.heads, cuda::kSums, r.tokens}, at::kFloat);
+  auto forward = params_of<cuda::TriangularForwardParams>(r, p, wide);
+  forward.token_values = reinterpret_cast<const ForwardToken*>(values.const_data_ptr<float>());
+  forward.sums = sums.mutable_data_ptr<float>();
+  ASSERT_EQ(launch(r, forward), cudaSuccess);
+  EXPECT_NE(sums[0].abs().sum().item<float>(), 0);
+  EXPECT_EQ(sums[1].abs().sum().item<float>(), 0);
+
+  const at::Tensor gradient = at::zeros({r.heads, r.tokens, r.dim}, at::kFloat);
+  auto backward = params_of<cuda::TriangularBackwardParams>(r, p, wide);
+  backward.token_values = reinterpret_cast<const BackwardToken*>(values.const_data_ptr<float>());
+  backward.gradient = gradient.mutable_data_ptr<float>();
+  ASSERT_EQ(launch(r, backward), cudaSuccess);
+  EXPECT_NE(gradient[0].abs().sum().item<float>(), 0);
+  EXPECT_EQ(gradient[1].abs().sum().item<float>(), 0);
+}
+
+}  // namespace
+}  // namespace linearard
