@@ -82,7 +82,7 @@ struct TriangularBackwardParams {
   float* gradient;                    ///< [B H, N, D] sum_j H_ij x_j, without the scale; zero before
 };
 
-/// Before the forward: values of the tokens, one block of threads for each head.
+/// Before the forward: values of the tokens.
 struct PrepareForwardParams {
   Vectors student;
   Vectors teacher;
@@ -92,6 +92,7 @@ struct PrepareForwardParams {
   const uint8_t* mask;   ///< [B, N]
   double scale_student;  ///< of the logits, nats
   double scale_teacher;
+  int* largest;                ///< [B H] bits of the largest t_ii of a head, zero before
   ForwardToken* token_values;  ///< [B H, N]
   OwnLogit* own;               ///< [B H, N]
   float* centers;              ///< [B H]
@@ -116,7 +117,7 @@ struct FinishForwardParams {
   int* row_lists;      ///< [B H, N]
 };
 
-/// Before the backward: values of the tokens, one block of threads for each head.
+/// Before the backward: values of the tokens.
 struct PrepareBackwardParams {
   int batch;
   int heads;

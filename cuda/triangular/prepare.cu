@@ -7,7 +7,7 @@
 #include "../common/visibility.cuh"
 #include "launch.h"
 
-// The steps before the triangular kernels. A block of threads serves a head: what it writes depends on extremes of the
+// The steps before the triangular kernels: what a token contributes to all its pairs. It depends on extremes of the
 // head.
 
 namespace linearard::cuda::triangular {
@@ -44,37 +44,41 @@ __device__ double square(const T* x, int dim) {
   return sum;
 }
 
+/// Logits of the tokens with themselves, a warp for each, and the largest of each head.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) prepare_forward_kernel(const __grid_constant__ PrepareForwardParams p) {
-  __shared__ float scratch[kWarpsOfBlock];
-  const int problem = static_cast<int>(blockIdx.x);
+__global__ void __launch_bounds__(kThreads) own_logits_kernel(const __grid_constant__ PrepareForwardParams p) {
+  const int64_t index = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
+  if (index >= static_cast<int64_t>(p.batch) * p.heads * p.tokens) return;
+  const int problem = static_cast<int>(index / p.tokens);
+  const int token = static_cast<int>(index % p.tokens);
   const int batch = problem / p.heads;
-  const T* student = head_of<T>(p.student, batch, problem % p.heads);
-  const T* teacher = head_of<T>(p.teacher, batch, problem % p.heads);
-  const int64_t first = static_cast<int64_t>(problem) * p.tokens;
-  constexpr double kUnit = Base<float>::kUnit;
-  float largest = 0;
-  for (int token = static_cast<int>(threadIdx.x) / 32; token < p.tokens; token += kWarpsOfBlock) {
-    OwnLogit own{0, 0};
-    if (is_real(p.mask, p.tokens, batch, token)) {
-      const double t = p.scale_teacher * kUnit * square(teacher + token * p.teacher.token_stride, p.teacher.dim);
-      const double s = p.scale_student * kUnit * square(student + token * p.student.token_stride, p.student.dim);
-      own = {static_cast<float>(t), static_cast<float>(s - t)};
-      largest = fmaxf(largest, own.teacher);
-    }
-    if (threadIdx.x % 32 == 0) p.own[first + token] = own;
+  OwnLogit own{0, 0};
+  if (is_real(p.mask, p.tokens, batch, token)) {
+    constexpr double kUnit = Base<float>::kUnit;
+    const T* student = head_of<T>(p.student, batch, problem % p.heads) + token * p.student.token_stride;
+    const T* teacher = head_of<T>(p.teacher, batch, problem % p.heads) + token * p.teacher.token_stride;
+    const double t = p.scale_teacher * kUnit * square(teacher, p.teacher.dim);
+    const double s = p.scale_student * kUnit * square(student, p.student.dim);
+    own = {static_cast<float>(t), static_cast<float>(s - t)};
   }
-  largest = largest_of_block(largest, scratch);
-  __syncthreads();  // p.own is read by other threads than wrote it
+  if (threadIdx.x % 32 != 0) return;
+  p.own[index] = own;
+  // Floats that are not negative are ordered as integers are; NaN is above all of them.
+  atomicMax(p.largest + problem, __float_as_int(fabsf(own.teacher)));
+}
+
+__global__ void __launch_bounds__(kThreads) forward_tokens_kernel(const __grid_constant__ PrepareForwardParams p) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= static_cast<int64_t>(p.batch) * p.heads * p.tokens) return;
+  const int problem = static_cast<int>(index / p.tokens);
+  const int token = static_cast<int>(index % p.tokens);
+  const float largest = __int_as_float(p.largest[problem]);
   // Mid-range of t_ii / 2: both ends of 2^(t_ii / 2 - center) are as far from float's.
   const float center = largest / 4;
-  for (int token = static_cast<int>(threadIdx.x); token < p.tokens; token += kThreads) {
-    const float half = p.own[first + token].teacher / 2;
-    const bool real = is_real(p.mask, p.tokens, batch, token);
-    p.token_values[first + token] =
-        real ? ForwardToken{half - kHeadroom / 2, exp2f(half - center)} : ForwardToken{0, 0};
-  }
-  if (threadIdx.x == 0) {
+  const float half = p.own[index].teacher / 2;
+  const bool real = is_real(p.mask, p.tokens, problem / p.heads, token);
+  p.token_values[index] = real ? ForwardToken{half - kHeadroom / 2, exp2f(half - center)} : ForwardToken{0, 0};
+  if (token == 0) {
     p.centers[problem] = center;
     p.wide_heads[problem] = largest < kLargestSpread * kLog2E ? 0 : 1;
   }
@@ -84,6 +88,7 @@ __global__ void __launch_bounds__(kThreads) prepare_forward_kernel(const __grid_
 /// left.
 constexpr float kLargestShift = 40.f;
 
+/// A block of threads serves a head.
 __global__ void __launch_bounds__(kThreads) prepare_backward_kernel(const __grid_constant__ PrepareBackwardParams p) {
   __shared__ float scratch[kWarpsOfBlock];
   const int problem = static_cast<int>(blockIdx.x);
@@ -126,9 +131,13 @@ __global__ void __launch_bounds__(kThreads) prepare_backward_kernel(const __grid
 }  // namespace
 
 cudaError_t prepare_forward(const PrepareForwardParams& params, cudaStream_t stream) {
+  const int64_t tokens = int64_t{params.batch} * params.heads * params.tokens;
+  const auto blocks_for = [](int64_t threads) { return (threads + kThreads - 1) / kThreads; };
   const auto kernel =
-      params.teacher.type == Scalar::kHalf ? prepare_forward_kernel<__half> : prepare_forward_kernel<__nv_bfloat16>;
-  return launch_blocks(kernel, params, int64_t{params.batch} * params.heads, kThreads, 0, stream);
+      params.teacher.type == Scalar::kHalf ? own_logits_kernel<__half> : own_logits_kernel<__nv_bfloat16>;
+  const cudaError_t error = launch_blocks(kernel, params, blocks_for(32 * tokens), kThreads, 0, stream);
+  if (error != cudaSuccess) return error;
+  return launch_blocks(forward_tokens_kernel, params, blocks_for(tokens), kThreads, 0, stream);
 }
 
 cudaError_t prepare_backward(const PrepareBackwardParams& params, cudaStream_t stream) {

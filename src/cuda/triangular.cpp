@@ -87,7 +87,7 @@ template <typename T>
 constexpr int64_t kFloats = static_cast<int64_t>(sizeof(T) / sizeof(float));
 
 /// Floats per head that have to be zero before the kernels, and others.
-int64_t zeroed_forward(int64_t tokens) { return kSums * tokens + 1; }
+int64_t zeroed_forward(int64_t tokens) { return kSums * tokens + 2; }
 int64_t written_forward(int64_t tokens) { return (kFloats<ForwardToken> + kFloats<OwnLogit> + 1) * tokens + 2; }
 int64_t written_backward(int64_t tokens) { return kFloats<BackwardToken> * tokens + 1; }
 
@@ -105,6 +105,7 @@ std::optional<ListedRows> triangular_forward(const Problem& problem, const RowTe
   Arena written(at::empty({problems * written_forward(tokens)}, floats(device)));
   auto* sums = zeroed.take<float>(problems * kSums * tokens);
   auto* counts = zeroed.take<int>(problems);
+  auto* largest = zeroed.take<int>(problems);
   auto* token_values = written.take<ForwardToken>(problems * tokens);
   auto* own = written.take<OwnLogit>(problems * tokens);
   auto* centers = written.take<float>(problems);
@@ -115,7 +116,7 @@ std::optional<ListedRows> triangular_forward(const Problem& problem, const RowTe
   const cudaStream_t stream = current_stream(device);
   check_launch(triangular::prepare_forward(
                    {params.student, params.teacher, params.batch, params.heads, params.tokens, params.mask,
-                    problem.scale_student, problem.scale_teacher, token_values, own, centers, wide_heads},
+                    problem.scale_student, problem.scale_teacher, largest, token_values, own, centers, wide_heads},
                    stream),
                kAction, device);
   params.token_values = token_values;

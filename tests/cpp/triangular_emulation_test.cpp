@@ -73,6 +73,7 @@ Rows run_forward(const KernelProblem& problem, Traversal traversal) {
   const at::Tensor centers = memory(1);
   const at::Tensor wide_heads = at::full({problems}, -1, at::kInt);
   const at::Tensor counts = at::zeros({problems}, at::kInt);
+  const at::Tensor largest = at::zeros({problems}, at::kInt);
   const at::Tensor lists = at::full({problems, tokens}, -1, at::kInt);
   auto* const values = reinterpret_cast<cuda::ForwardToken*>(token_values.mutable_data_ptr<float>());
   auto* const own_logits = reinterpret_cast<cuda::OwnLogit*>(own.mutable_data_ptr<float>());
@@ -80,7 +81,7 @@ Rows run_forward(const KernelProblem& problem, Traversal traversal) {
 
   EXPECT_EQ(cuda::triangular::prepare_forward(
                 {params.student, params.teacher, params.batch, params.heads, params.tokens, params.mask,
-                 problem.scale_student(), problem.scale_teacher(), values, own_logits,
+                 problem.scale_student(), problem.scale_teacher(), largest.mutable_data_ptr<int>(), values, own_logits,
                  centers.mutable_data_ptr<float>(), wide_heads.mutable_data_ptr<int>()},
                 nullptr),
             cudaSuccess);
