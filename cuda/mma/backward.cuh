@@ -181,8 +181,8 @@ class Backward {
     const uint32_t vectors = shared_ + S::kOther + stage * 2 * S::kOtherBytes;
     Logits student = {};
     Logits teacher = {};
-    multiply_tile<T, kDim, kSlabs>(teacher, shared_ + S::kOwnerTeacher, vectors + S::kOtherBytes, warp_row());
-    multiply_tile<T, kDim, kSlabs>(student, shared_, vectors, warp_row());
+    multiply_tile<T, kDim, kSlabs, 2>(teacher, shared_ + S::kOwnerTeacher, vectors + S::kOtherBytes, warp_row());
+    multiply_tile<T, kDim, kSlabs, 2>(student, shared_, vectors, warp_row());
     weigh(student, teacher, tile, stage);
     add_product(student, vectors);
   }
