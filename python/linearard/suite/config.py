@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from linearard.config import DTYPES, EvaluateConfig, _option
+from linearard.config import EvaluateConfig, _option
 from linearard.errors import UserError
+from linearard.training_config import DTYPES
 
 
 @dataclass

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from linearard.config import DTYPES
 from linearard.errors import UserError
 from linearard.models import check_tokenizer, load_model, load_tokenizer
 from linearard.rope import RopeScaling, restore_float32_rope, scale_rope
 from linearard.suite.config import SuiteConfig
 from linearard.suite.figures import Figure
+from linearard.training_config import DTYPES
 
 
 @dataclass(frozen=True)
