@@ -18,7 +18,6 @@ class SuiteConfig(EvaluateConfig):
     [LABEL=]FILE.json: what an earlier report says of the model of that label.
     """
 
-    model: str = EvaluateConfig.model
     scaled: str | None = _option(None, "The scaled model before training: recovery is measured from there.")
     compare: list[str] = _option([], "Further models for the report, such as untrained scalings and baselines.")
     tasks: list[str] = _option(
