@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,6 @@ def test_documents_that_are_too_short() -> None:
 @pytest.mark.parametrize("length", [2048, 8192])
 def test_prompts_fit_and_are_deterministic(name: str, length: int) -> None:
     tokenizer = make_tokenizer()
-    if name == "common_words" and length == 2048:
-        pytest.skip("this tokenizer's words are too long")
     prompt = make_prompt(name, tokenizer, length, 50, seed=3, index=0)
     used = len(prompt.ids) + prompt.new_tokens
     assert 0.9 * length < used <= length
@@ -114,9 +113,10 @@ def test_scores() -> None:
     assert score(("12", "34", "56", "78"), "12, 56", "needle_multivalue") == 0.5
 
 
-def test_a_task_without_room() -> None:
-    with pytest.raises(UserError, match="passkey at 64 does not fit"):
-        make_prompt("passkey", make_tokenizer(), 64, 0, 0, 0)
+@pytest.mark.parametrize(("name", "length"), [("passkey", 64), ("common_words", 512)])
+def test_a_task_without_room(name: str, length: int) -> None:
+    with pytest.raises(UserError, match=f"{name} at {length} does not fit"):
+        make_prompt(name, make_tokenizer(), length, 0, 0, 0)
 
 
 def test_decoding_is_greedy_whatever_the_batch() -> None:
@@ -204,19 +204,25 @@ def test_bad_settings(settings: dict, reason: str) -> None:
         SuiteConfig(**settings)
 
 
+def test_every_option_is_explained() -> None:
+    assert [field.name for field in fields(SuiteConfig) if not field.metadata.get("help")] == []
+
+
 def test_report_compares_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(save_model(tmp_path / "model", max_position_embeddings=1024))
     shared = ["--device", "cpu", "--lengths", "1024", "--depths", "0", "100", "--samples", "1"]
     shared += ["--tasks", "passkey", "--long_files", "bundled", "--long_lengths", "512", "--bucket", "256"]
     first, second = tmp_path / "first", tmp_path / "second"
-    scaled = ["--teacher", model, "--scaled", f"{model}@linear:4"]
+    # Large weights of its head and layers make this one certain of wrong tokens: a gap whatever the platform's rounding.
+    damaged = str(save_model(tmp_path / "damaged", max_position_embeddings=1024, initializer_range=1.0))
+    scaled = ["--teacher", model, "--scaled", f"{damaged}@linear:4"]
     assert main(["evaluate", "--model", f"restored={model}", *scaled, *shared, "--output_dir", str(first)]) == 0
     content = json.loads((first / "evaluation.json").read_text())
     assert [entry["label"] for entry in content["models"]] == ["teacher", "scaled", "restored"]
     rows = {row["name"]: row for row in content["rows"]}
     assert {*rows} >= {"perplexity, at 512", "perplexity, at 512, tokens 256 to 512", "passkey, at 1K, all depths"}
-    if "restored" in rows["perplexity, at 512"]["recovery"]:
-        assert rows["perplexity, at 512"]["recovery"]["restored"]["mean"] == pytest.approx(1)
+    recovery = {label: share["mean"] for label, share in rows["perplexity, at 512"]["recovery"].items()}
+    assert recovery == pytest.approx({"teacher": 1, "scaled": 0, "restored": 1})
     assert all(len(figure["values"]) in (1, 8) for entry in content["models"] for figure in entry["figures"])
     assert "| perplexity, at 512 |" in (first / "evaluation.md").read_text()
     assert (first / "evaluation.png").read_bytes().startswith(b"\x89PNG")
