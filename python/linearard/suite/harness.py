@@ -130,7 +130,7 @@ def _samples(model: HarnessModel, task: Any, limit: int | None) -> list[dict[str
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     # Tasks may draw from the global generators, in their prompts or for sampled answers.
     random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002 (the tasks draw from it)
     torch.manual_seed(DEFAULT_OTHER_SEED)
     results = evaluate(
         lm=model, task_dict={"tasks": {task.task_name: task}}, limit=limit, bootstrap_iters=0, log_samples=True
