@@ -188,20 +188,27 @@ def scale_rope(model: nn.Module, scaling: RopeScaling) -> RopeSwitch:
     base = transformers_model(model)
     config = base.config.get_text_config(decoder=True)
     sites = _rotary_sites(base)
-    if not sites or not getattr(config, "rope_parameters", None):
-        raise UserError(f"{type(base).__name__} has no rotary position embedding (RoPE) that could be scaled")
+    if not sites:
+        raise _without_rope(base)
     native_config = copy.deepcopy(config)
-    context = config.max_position_embeddings
-    # Assigned, not passed to a constructor: the same object is the configuration of every layer.
-    config.rope_parameters = _scaled_parameters(native_config, scaling)
-    if scaling.kind != "dynamic":  # transformers' dynamic scaling grows from the native context
-        config.max_position_embeddings = round(context * scaling.factor)
+    scale_config(config, scaling)
     return RopeSwitch(
         [
             _Site(parent, name, _rebuilt(module, native_config), _rebuilt(module, config))
             for parent, name, module in sites
         ]
     )
+
+
+def scale_config(config: PretrainedConfig, scaling: RopeScaling) -> None:
+    """Record the scaling in `config` in place, as `scale_rope` does with a model's; raises UserError as it does."""
+    config = config.get_text_config(decoder=True)
+    if not getattr(config, "rope_parameters", None):
+        raise _without_rope(config)
+    # Assigned, not passed to a constructor: the same object is the configuration of every layer.
+    config.rope_parameters = _scaled_parameters(config, scaling)
+    if scaling.kind != "dynamic":  # transformers' dynamic scaling grows from the native context
+        config.max_position_embeddings = round(config.max_position_embeddings * scaling.factor)
 
 
 def attention_factor(model: nn.Module) -> float:
@@ -239,6 +246,10 @@ def restore_float32_rope(model: nn.Module) -> None:
     """Rebuild the inverse frequencies in float32, after a cast of the whole model to another dtype."""
     for parent, name, module in _rotary_sites(transformers_model(model)):
         setattr(parent, name, _in_float32(module, _buffer(module).device))
+
+
+def _without_rope(owner: object) -> UserError:
+    return UserError(f"{type(owner).__name__} has no rotary position embedding (RoPE) that could be scaled")
 
 
 def _scaled_parameters(config: PretrainedConfig, scaling: RopeScaling) -> dict[str, Any]:

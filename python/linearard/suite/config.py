@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from linearard.config import DTYPES, EvaluateConfig, _option
+from linearard.config import EvaluateConfig, _option
 from linearard.errors import UserError
+from linearard.training_config import DTYPES
 
 
 @dataclass
@@ -17,7 +18,6 @@ class SuiteConfig(EvaluateConfig):
     [LABEL=]FILE.json: what an earlier report says of the model of that label.
     """
 
-    model: str = EvaluateConfig.model
     scaled: str | None = _option(None, "The scaled model before training: recovery is measured from there.")
     compare: list[str] = _option([], "Further models for the report, such as untrained scalings and baselines.")
     tasks: list[str] = _option(

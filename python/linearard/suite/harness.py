@@ -6,14 +6,17 @@ Importing this module imports lm-eval, which takes seconds: only do so where a t
 import difflib
 import io
 import logging
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
-from lm_eval import simple_evaluate
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,8 +100,7 @@ def standard_figures(model: HarnessModel, name: str, limit: int | None) -> list[
 
 
 def _figures(model: HarnessModel, task: Any, main: str | None, limit: int | None = None) -> list[Figure]:
-    results = simple_evaluate(model=model, tasks=[task], limit=limit, bootstrap_iters=0, log_samples=True)
-    samples = results["samples"][task.task_name] if results else []
+    samples = _samples(model, task, limit)
     filters = sorted({sample["filter"] for sample in samples})
     samples = [sample for sample in samples if sample["filter"] == filters[0]]
     shares = [name for name in _SHARES if samples and name in samples[0]]
@@ -117,6 +119,23 @@ def _figures(model: HarnessModel, task: Any, main: str | None, limit: int | None
     if not figures:
         raise UserError(f"the task {task.task_name!r} has neither accuracy, exact match nor log-likelihood")
     return figures
+
+
+def _samples(model: HarnessModel, task: Any, limit: int | None) -> list[dict[str, Any]]:
+    """What lm-eval's simple_evaluate logs for each example, without the index of all tasks and the report on the
+    machine that it makes in every call.
+    """
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    # Tasks may draw from the global generators, in their prompts or for sampled answers.
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002 (the tasks draw from it)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    results = evaluate(
+        lm=model, task_dict={"tasks": {task.task_name: task}}, limit=limit, bootstrap_iters=0, log_samples=True
+    )
+    return results["samples"][task.task_name] if results else []
 
 
 @contextmanager

@@ -17,11 +17,18 @@ _POSITIONS_AT_ONCE = 512  # of the head: 512 x 128K entries of vocabulary are 25
 _PROBE = 8  # tokens on which the chunked head is compared with the model's own
 
 
+def read_documents(files: Sequence[str]) -> list[str]:
+    """The documents of `files`; raises UserError for files that cannot be used."""
+    texts = list(read_texts([HELD_OUT_CORPUS if file == BUNDLED else file for file in files]))
+    if files and not texts:
+        raise UserError(f"the long files have no documents: {', '.join(files)}")
+    return texts
+
+
 def document_windows(
-    files: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, windows: int
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, windows: int
 ) -> list[Tensor]:
     """The first windows [`windows`, length] of token ids of each document that has so many, BOS in front of each."""
-    texts = list(read_texts([HELD_OUT_CORPUS if file == BUNDLED else file for file in files]))
     blocks = [make_blocks([text], tokenizer, length, blocks_per_text=windows) for text in texts]
     enough = [block for block in blocks if len(block) == windows]
     if not enough:

@@ -13,7 +13,7 @@ from linearard.errors import UserError
 from linearard.evaluate import choose_device
 from linearard.suite.config import SuiteConfig
 from linearard.suite.figures import Figure
-from linearard.suite.long_text import document_windows, perplexity_figures
+from linearard.suite.long_text import document_windows, perplexity_figures, read_documents
 from linearard.suite.retrieval import grid, retrieval_figure
 from linearard.suite.sources import Source, check_context, figures_of_report
 from linearard.suite.synthetic import RULER, SYNTHETIC_TASKS
@@ -22,11 +22,12 @@ from linearard.suite.task_files import LocalTask, find_files, load_tasks
 
 @dataclass(frozen=True)
 class Plan:
-    """What --tasks asks for, by kind."""
+    """What --tasks asks for, by kind, and the texts of --long_files."""
 
     local: list[LocalTask]
     synthetic: list[str]
     standard: list[str]
+    documents: list[str]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def evaluate_suite(config: SuiteConfig, display: Display) -> Results:
     plan = make_plan(config)
     device = choose_device(config.device)
     loaded = {label: figures_of_report(source, config.examples()) for label, source in sources.items() if source.report}
+    _check_models([source for source in sources.values() if not source.report], plan, config)
     figures: dict[str, list[Figure]] = {}
     for label, source in sources.items():
         figures[label] = loaded[label] if label in loaded else _measure(source, plan, config, display, device)
@@ -57,7 +59,7 @@ def evaluate_suite(config: SuiteConfig, display: Display) -> Results:
 
 
 def make_plan(config: SuiteConfig) -> Plan:
-    """Sort --tasks by kind, read the files among them, and look the names up."""
+    """Sort --tasks by kind, read the files among them and --long_files, and look the names up."""
     files: list[tuple[Path, str | None]] = []
     names: dict[str, None] = {}
     for item in config.tasks:
@@ -67,6 +69,7 @@ def make_plan(config: SuiteConfig) -> Plan:
         else:
             names.update(dict.fromkeys(RULER if item == "ruler" else [item]))
     local = load_tasks(files, config.task_limit)
+    documents = read_documents(config.long_files)
     standard = [name for name in names if name not in SYNTHETIC_TASKS]
     if local or standard:
         _require_harness(standard)
@@ -74,7 +77,7 @@ def make_plan(config: SuiteConfig) -> Plan:
         from linearard.suite.harness import check_standard_tasks
 
         check_standard_tasks(standard, [*SYNTHETIC_TASKS, "ruler"])
-    return Plan(local, [name for name in names if name in SYNTHETIC_TASKS], standard)
+    return Plan(local, [name for name in names if name in SYNTHETIC_TASKS], standard, documents)
 
 
 def _sources(config: SuiteConfig) -> dict[str, Source]:
@@ -93,15 +96,21 @@ def _sources(config: SuiteConfig) -> dict[str, Source]:
     return by_label
 
 
+def _check_models(sources: list[Source], plan: Plan, config: SuiteConfig) -> None:
+    """Raise UserError for a model without a usable configuration, or whose range the longest context exceeds."""
+    contexts = [*(config.lengths if plan.synthetic else []), *(config.long_lengths if plan.documents else [])]
+    for source in sources:
+        model_config = source.load_config(config)
+        if contexts and not config.beyond_range:
+            check_context(source.label, model_config, max(contexts))
+
+
 def _measure(source: Source, plan: Plan, config: SuiteConfig, display: Display, device: torch.device) -> list[Figure]:
     """All figures of one model."""
     display.say(f"Loading {source.text}")
     model, tokenizer = source.load(config, device)
-    contexts = [*(config.lengths if plan.synthetic else []), *(config.long_lengths if config.long_files else [])]
-    if contexts and not config.beyond_range:
-        check_context(source.label, model.config, max(contexts))
     parts = len(plan.local) + len(plan.standard) + len(grid(config, plan.synthetic))
-    parts += len(config.long_lengths) if config.long_files else 0
+    parts += len(config.long_lengths) if plan.documents else 0
     figures: list[Figure] = []
     with display.progress(source.label, parts) as bar:
         for found in _parts(model, tokenizer, plan, config):
@@ -115,9 +124,9 @@ def _parts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, config: SuiteConfig
 ) -> Iterator[list[Figure]]:
     """The figures of one part of the work after the other."""
-    if config.long_files:
+    if plan.documents:
         for length in config.long_lengths:
-            windows = document_windows(config.long_files, tokenizer, length, config.long_windows)
+            windows = document_windows(plan.documents, tokenizer, length, config.long_windows)
             yield perplexity_figures(model, windows, config.bucket)
     if plan.local or plan.standard:
         from linearard.suite.harness import HarnessModel, local_figures, standard_figures

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from linearard.config import DTYPES
 from linearard.errors import UserError
-from linearard.models import check_tokenizer, load_model, load_tokenizer
-from linearard.rope import RopeScaling, restore_float32_rope, scale_rope
+from linearard.models import check_tokenizer, load_config, load_model, load_tokenizer
+from linearard.rope import RopeScaling, restore_float32_rope, scale_config, scale_rope
 from linearard.suite.config import SuiteConfig
 from linearard.suite.figures import Figure
+from linearard.training_config import DTYPES
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,13 @@ class Source:
     def report(self) -> Path | None:
         """The earlier report that holds the figures, or None for a model."""
         return Path(self.model) if self.model.endswith(".json") else None
+
+    def load_config(self, config: SuiteConfig) -> PretrainedConfig:
+        """The configuration that the loaded model will have, scaling included; raises UserError as loading does."""
+        model_config = load_config(self.model, trust_remote_code=config.trust_remote_code)
+        if self.scaling is not None:
+            scale_config(model_config, self.scaling)
+        return model_config
 
     def load(self, config: SuiteConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model in evaluation mode on `device`, and its tokenizer, checked against each other."""
