@@ -140,7 +140,7 @@ $(BUILT): $(SOURCES) $(TOOLS)
 
 # Order-only: a change of a source file builds once, through $(BUILT).
 $(DEVELOPMENT): pyproject.toml constraints.txt | $(BUILT)
-	$(INSTALL_PACKAGE) --editable '.[train,plot,dev]'
+	$(INSTALL_PACKAGE) --editable '.[train,plot,eval,dev]'
 	@touch $@ $(BUILT)
 
 # Not on PyPI. Root installs the system's packages; CMake tells everybody else.

@@ -12,12 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from linearard.config import ARDConfig
 from linearard.data import Blocks
 from linearard.models import load_model, load_tokenizer, resolve_model
 from linearard.restore import save_model
 from linearard.tokens import TokenizeConfig, tokenize
 from linearard.trainer import ARDTrainer
+from linearard.training_config import ARDConfig
 
 ROOT = Path(__file__).parents[1]
 RELATIONS = ["query", "key", "value", "attention"]

@@ -16,12 +16,12 @@ from tiny_models import CONTEXT, VOCABULARY, random_ids, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearard.capture import disable_capture
-from linearard.config import ARDConfig
 from linearard.data import Blocks
 from linearard.models import load_model
 from linearard.rope import RopeScaling, scale_rope
 from linearard.tokens import write_tokens
 from linearard.trainer import ARDTrainer
+from linearard.training_config import ARDConfig
 
 PROGRAM = Path(__file__).parents[2] / "build" / "cpp_trainer" / "cpp_trainer"
 LENGTH = 32
