@@ -21,13 +21,21 @@ at::Tensor operand(const at::Tensor& states) {
 at::Tensor divergence(const std::string& relation,
                       const LayerStates& student,
                       const LayerStates& teacher,
-                      bool causal) {
+                      bool causal,
+                      double attention_factor) {
   const auto options = linearard::RelationOptions{}.causal(causal);
-  if (relation == "query") return linearard::relation_kl(operand(student.query), operand(teacher.query), options);
-  if (relation == "key") return linearard::relation_kl(operand(student.key), operand(teacher.key), options);
   if (relation == "value") return linearard::relation_kl(operand(student.value), operand(teacher.value), options);
-  return linearard::attention_kl(operand(student.query), operand(student.key), operand(teacher.query),
-                                 operand(teacher.key));
+  // The factor is in queries and keys both, and so twice in their products.
+  const double scale =
+      1 / (std::sqrt(static_cast<double>(student.query.size(3))) * attention_factor * attention_factor);
+  if (relation == "attention") {
+    return linearard::attention_kl(operand(student.query), operand(student.key), operand(teacher.query),
+                                   operand(teacher.key), linearard::AttentionOptions{}.scale_student(scale));
+  }
+  const auto scaled = linearard::RelationOptions(options).scale_student(scale);
+  const bool of_queries = relation == "query";
+  return linearard::relation_kl(operand(of_queries ? student.query : student.key),
+                                operand(of_queries ? teacher.query : teacher.key), scaled);
 }
 
 }  // namespace
@@ -57,11 +65,12 @@ Relations parse_relations(const std::vector<std::string>& items) {
 at::Tensor ard_loss(const std::vector<LayerStates>& student,
                     const std::vector<LayerStates>& teacher,
                     const Relations& relations,
-                    bool causal) {
+                    bool causal,
+                    double attention_factor) {
   at::Tensor loss;
   for (size_t layer = 0; layer < student.size(); ++layer) {
     for (const auto& [relation, weight] : relations) {
-      const at::Tensor term = weight * divergence(relation, student[layer], teacher[layer], causal);
+      const at::Tensor term = weight * divergence(relation, student[layer], teacher[layer], causal, attention_factor);
       loss = loss.defined() ? loss + term : term;
     }
   }

@@ -80,6 +80,7 @@ class DecoderImpl : public torch::nn::Module {
   at::Tensor forward(const at::Tensor& ids, std::vector<LayerStates>* states);
 
   const at::Tensor& embeddings() const { return embeddings_->weight; }
+  double attention_factor() const { return rope_.attention_factor(); }
 
  private:
   Rope rope_;
@@ -98,6 +99,9 @@ class LlamaImpl : public torch::nn::Module {
 
   /// The states of every layer, without computing logits.
   std::vector<LayerStates> states(const at::Tensor& ids);
+
+  /// What RoPE multiplies queries and keys by.
+  double attention_factor() const { return model_->attention_factor(); }
 
  private:
   Decoder model_;

@@ -22,6 +22,9 @@ class Rope {
 
   Rotation rotation(int64_t tokens, at::Device device) const;
 
+  /// What cosines and sines are multiplied by, and queries and keys with them: 1 but for YaRN.
+  double attention_factor() const { return attention_factor_; }
+
  private:
   at::Tensor frequencies_;  // [D/2] float32
   double attention_factor_ = 1.0;

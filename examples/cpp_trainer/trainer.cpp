@@ -183,7 +183,7 @@ class Trainer {
       const at::NoGradGuard no_grad;
       target = teacher_->states(ids);
     }
-    return ard_loss(student_->states(ids), target, relations_, settings_.causal);
+    return ard_loss(student_->states(ids), target, relations_, settings_.causal, student_->attention_factor());
   }
 
   void take_step(int64_t step) {
