@@ -1,6 +1,6 @@
 """Loss curves of examples/cpp_trainer and of ARDTrainer on the same model, sequences, seed and settings.
 
-    make cpp-trainer && python tools/compare_trainers.py --output_dir /tmp/compare [--bf16]
+    make cpp-trainer && python tools/compare_trainers.py --output_dir compare [--bf16]
 
 Exit status 1 where they differ by more than 1 %. Both restored models stay in the output directory, for
 `linearard evaluate`.
