@@ -6,6 +6,7 @@
 #include "instructions.cuh"
 #include "pairs.cuh"
 #include "schedule.cuh"
+#include "tensor_map.h"
 
 // H X of the triangular backward. A block of threads owns 128 tokens, 64 for each warpgroup, and walks over all earlier
 // tokens and its own, 64 at a time. A pair's H serves both its tokens: the owners' gradient stays in registers for the
@@ -18,6 +19,7 @@ struct BackwardArguments {
   CUtensorMap student;
   CUtensorMap teacher;
   CUtensorMap token_values;
+  CUtensorMap gradient;
   TriangularBackwardParams params;
   Schedule schedule;
 };
@@ -38,10 +40,10 @@ class Backward {
   static constexpr int kOtherChunk = kTileTokens * kLineBytes;
   /// Every warpgroup adds up the others' gradient for its chunk of dimensions; with one chunk they take turns.
   static constexpr bool kShareTile = kChunks == kGroups;
-  // Gradients on their way out: 64 tokens x 64 dimensions of float for each warpgroup. Lines are padded so that 8 of
-  // them, as a warp writes them, lie in different banks.
-  static constexpr int kOutLine = kChunkDims * static_cast<int>(sizeof(float)) + 32;
-  static constexpr int kOutBytes = kGroups * kTileTokens * kOutLine;
+  // Gradients on their way out: two boxes of 64 tokens x 32 dimensions of float for each warpgroup, swizzled.
+  static constexpr int kOutBox = kTileTokens * kLineBytes;
+  static constexpr int kOutBoxes = kChunkDims / kFloatChunkDims;
+  static constexpr int kOutBytes = kGroups * kOutBoxes * kOutBox;
 
   // The owners' teacher vectors of the first chunk move to registers at once, as many as are free, which spares shared
   // memory's bandwidth; gradients leave from where they were.
@@ -111,6 +113,7 @@ class Backward {
   __device__ uint32_t out_full(int group) const { return full(kStages + 2 + group); }
   __device__ uint32_t out_empty(int group) const { return empty(kStages + 2 + group); }
   __device__ uint32_t stage_at(int stage) const { return shared_ + kRing + stage * kStageBytes; }
+  __device__ uint32_t out_at(int group) const { return shared_ + kOut + group * kOutBoxes * kOutBox; }
   __device__ uint32_t h_at(int buffer) const { return shared_ + kH + buffer * kHBytes; }
 
   __device__ void run_block() {
@@ -134,12 +137,12 @@ class Backward {
     __syncthreads();
     const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
     if (group == 0) {
-      give_registers<kProducerRegisters>();
+      give_registers<Registers<kGroups>::kProducer>();
       const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
       if (warp == 0 && elect_one()) produce();
-      if (warp > 0 && warp <= kGroups) send(warp - 1);
+      if (warp > 0 && warp <= kGroups && elect_one()) send(warp - 1);
     } else {
-      take_registers<kConsumerRegisters>();
+      take_registers<Registers<kGroups>::kConsumer>();
       Consumer(*this, group - 1).run();
     }
   }
@@ -155,6 +158,7 @@ class Backward {
     prefetch_tensor_map(&arguments_.student);
     prefetch_tensor_map(&arguments_.teacher);
     prefetch_tensor_map(&arguments_.token_values);
+    prefetch_tensor_map(&arguments_.gradient);
     mbarrier_arrive_expect(owners_loaded(), 2 * kChunks * kOwnerChunk);
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       for (int token = 0; token < kOwners; token += kTileTokens) {
@@ -183,7 +187,7 @@ class Backward {
     tma_load_4d(stage + kStageValues, &arguments_.token_values, barrier, 0, token, plan().head, 0);
   }
 
-  // --- the senders: a warp for each group of consumers
+  // --- the senders: one thread for each group of consumers
   // ----------------------------------------------------------------
 
   /// Whether a group adds up the others' gradient of tile i, and how many of the first tiles.
@@ -204,21 +208,16 @@ class Backward {
 
   /// @param count sent before, @param first_token of 64, @param chunk of dimensions
   __device__ void send(int group, int count, int first_token, int chunk) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int dims = min(p_.student.dim - chunk * kChunkDims, kChunkDims);
     mbarrier_wait(out_full(group), count % 2);
-#pragma unroll 1
-    for (int row = lane; row < kTileTokens; row += 32) {
-      const int token = first_token + row;
-      if (token >= p_.tokens || dims <= 0) continue;
-      const int64_t at = static_cast<int64_t>(plan().head) * p_.tokens + token;
-      reduce_add_bulk(p_.gradient + at * p_.student.dim + chunk * kChunkDims,
-                      shared_ + kOut + (group * kTileTokens + row) * kOutLine, static_cast<uint32_t>(dims) * 4);
+#pragma unroll
+    for (int box = 0; box < kOutBoxes; ++box) {
+      const int first_dim = chunk * kChunkDims + box * kFloatChunkDims;
+      if (first_dim < p_.student.dim)
+        tma_reduce_add_4d(&arguments_.gradient, out_at(group) + box * kOutBox, first_dim, first_token, plan().head, 0);
     }
     bulk_commit();
     bulk_wait_read<0>();
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(out_empty(group));
+    mbarrier_arrive(out_empty(group));
   }
 
   class Consumer;

@@ -191,14 +191,24 @@ class Backward<T, kDim>::Consumer {
 
   /// @param values accumulators of 64 dimensions, @param count of the group's earlier ones
   __device__ void write(const float* values, int count) const {
-    char* const out = b_.memory_ + kOut + (group_ * kTileTokens + row_of_thread()) * kOutLine;
     mbarrier_wait(b_.out_empty(group_), (count + 1) % 2);
+    // A thread writes two floats, half of a piece of 16 bytes, of both its rows. Threads of odd rows take fragments in
+    // another order: the swizzle alone would let every two rows meet in the same banks.
+    const bool odd = (row_of_thread() & 1) != 0;
+    const int piece = column_of_thread() / 4 ^ (row_of_thread() & 7) ^ (odd ? 4 : 0);
+    char* const out = b_.memory_ + (b_.out_at(group_) - b_.shared_) + row_of_thread() * kLineBytes +
+                      column_of_thread() % 4 * static_cast<int>(sizeof(float));
+    constexpr int kFragments = kFloatChunkDims / 8;
+    static_assert(kFragments == 4);
 #pragma unroll
     for (int n = 0; n < kChunkDims / 8; ++n) {
+      char* const to = out + n / kFragments * kOutBox + (piece ^ n % kFragments * 2) * 16;
+      const float* const of_even = values + 4 * n;
+      const float* const of_odd = values + 4 * (n ^ 2);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        *reinterpret_cast<float2*>(out + 8 * r * kOutLine + (8 * n + column_of_thread()) * 4) =
-            make_float2(values[4 * n + 2 * r], values[4 * n + 2 * r + 1]);
+        *reinterpret_cast<float2*>(to + 8 * r * kLineBytes) =
+            make_float2(odd ? of_odd[2 * r] : of_even[2 * r], odd ? of_odd[2 * r + 1] : of_even[2 * r + 1]);
       }
     }
     fence_async_proxy();

@@ -29,7 +29,7 @@ bool takes(const Params& p, int largest_dim) {
   const bool is_16_bit = p.student.type == Scalar::kHalf || p.student.type == Scalar::kBFloat16;
   return is_16_bit && p.teacher.type == p.student.type && p.teacher.dim == p.student.dim && p.student.dim > 0 &&
          p.student.dim % 8 == 0 && p.student.dim <= largest_dim && p.traversal == Traversal::kTriangular &&
-         p.mask == nullptr && sm90::can_map(p.student, p.batch, p.heads) &&
+         p.mask == nullptr && p.factors.excess == 0 && sm90::can_map(p.student, p.batch, p.heads) &&
          sm90::can_map(p.teacher, p.batch, p.heads) && multiprocessors() > 0;
 }
 

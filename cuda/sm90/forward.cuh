@@ -23,8 +23,11 @@ struct ForwardArguments {
 template <typename T, int kDim>
 class Forward {
  public:
-  static constexpr int kGroupOwners = kDim <= 128 ? 96 : 64;  ///< by registers: 4 for each owner and thread
+  /// Warpgroups that compute: three of them hide each other's latencies where shared memory holds their owners.
+  static constexpr int kGroups = kDim <= 128 ? 3 : 2;
+  static constexpr int kGroupOwners = kTileTokens;
   static constexpr int kOwners = kGroups * kGroupOwners;
+  static constexpr int kThreads = (1 + kGroups) * kWarpgroup;
 
  private:
   static constexpr int kElements = kGroupOwners / 2;  ///< accumulators of a thread, of either product
@@ -80,11 +83,13 @@ class Forward {
   __device__ uint32_t empty(int stage) const { return full(stage) + 8; }
   __device__ uint32_t stage_at(int stage) const { return shared_ + kRing + stage * kStageBytes; }
   __device__ const ForwardToken* values() const { return p_.token_values + static_cast<int64_t>(head_) * p_.tokens; }
+  // Of the head: its first value and sum are the same for all threads, and so are kept once.
   __device__ ForwardToken value_of(int token) const {
     if (token >= p_.tokens) return {0.f, 0.f};
-    const float2 value = __ldg(reinterpret_cast<const float2*>(values()) + token);
+    const float2 value = __ldg(reinterpret_cast<const float2*>(values()) + static_cast<uint32_t>(token));
     return {value.x, value.y};
   }
+  __device__ float* sums() const { return p_.sums + static_cast<int64_t>(head_) * kSums * p_.tokens; }
 
   __device__ void run_block() {
     auto* owner_values = reinterpret_cast<ForwardToken*>(memory_ + kOwnerValues);
@@ -93,17 +98,17 @@ class Forward {
       mbarrier_init(owners_loaded(), 1);
       for (int s = 0; s < kStages; ++s) {
         mbarrier_init(full(s), 1);
-        mbarrier_init(empty(s), kConsumerThreads / 32);
+        mbarrier_init(empty(s), kGroups * kWarpgroup / 32);
       }
       fence_mbarrier_init();
     }
     __syncthreads();
     const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
     if (group == 0) {
-      give_registers<kProducerRegisters>();
+      give_registers<Registers<kGroups>::kProducer>();
       if (threadIdx.x < 32 && elect_one()) produce();
     } else {
-      take_registers<kConsumerRegisters>();
+      take_registers<Registers<kGroups>::kConsumer>();
       consume(group - 1);
     }
   }
@@ -145,7 +150,7 @@ class Forward {
     }
   }
 
-  // --- the consumers: two warpgroups
+  // --- the consumers: warpgroups
   // ----------------------------------------------------------------------------------
 
   /// Visitors x owners of the group: issued, not waited for.
@@ -165,42 +170,43 @@ class Forward {
     if (threadIdx.x % 32 == 0) mbarrier_arrive(empty(stage));
   }
 
+  /// Both products of the tile at `position`, which moves on behind it.
+  __device__ void multiply_tile(float (&student)[kElements],
+                                float (&teacher)[kElements],
+                                Position& position,
+                                uint32_t owners) const {
+    const int teacher_stage = position.stage;
+    mbarrier_wait(full(position.stage), position.parity);
+    multiply(teacher, stage_at(position.stage), owners + kOwnerTeacher);
+    position.advance();
+    mbarrier_wait(full(position.stage), position.parity);
+    multiply(student, stage_at(position.stage), owners);
+    warpgroup_wait<1>();
+    pin(teacher);
+    release(teacher_stage);
+    warpgroup_wait<0>();
+    pin(student);
+    release(position.stage);
+    position.advance();
+  }
+
   __device__ void consume(int group) const {
     const ElementFactors factors(p_.factors);
     const int first_owner = first_ + group * kGroupOwners;
     const uint32_t owners = shared_ + group * kGroupOwners * kLineBytes;
     const auto* columns =
         reinterpret_cast<const ColumnPair*>(memory_ + kOwnerValues) + (group * kGroupOwners + column_of_thread()) / 2;
+    float student[kElements];
+    float teacher[kElements];
     Sums owner_sums[kElements / 2];
     Position position;
     mbarrier_wait(owners_loaded(), 0);
-    // The warpgroups multiply in turns, so that one uses the tensor cores while the other one adds.
-    if (group == 1) pass_turn(group);
 #pragma unroll 1
     for (int tile = begin_; tile < end_; ++tile) {
       const int first_row = tile * kTileTokens + row_of_thread();
       ForwardRows rows{{value_of(first_row), value_of(first_row + 8)}, {}};
-      float student[kElements];
-      float teacher[kElements];
-      const int teacher_stage = position.stage;
-      wait_for_turn(group);
-      mbarrier_wait(full(position.stage), position.parity);
-      multiply(teacher, stage_at(position.stage), owners + kOwnerTeacher);
-      position.advance();
-      mbarrier_wait(full(position.stage), position.parity);
-      multiply(student, stage_at(position.stage), owners);
-      warpgroup_wait<1>();
-      pin(teacher);
-      release(teacher_stage);
-      // The other group's products queue up behind this group's last ones.
-      if (group == 0 || tile + 1 < end_) pass_turn(group);
-      warpgroup_wait<0>();
-      pin(student);
-      release(position.stage);
-      position.advance();
-
-      const int last_row = tile * kTileTokens + kTileTokens - 1;
-      if (last_row <= first_owner) continue;
+      multiply_tile(student, teacher, position, owners);
+      if (tile * kTileTokens + kTileTokens - 1 <= first_owner) continue;
       const Diagonal diagonal{first_row - first_owner - column_of_thread()};
       if (tile * kTileTokens >= first_owner + kGroupOwners) {
         add_pairs<false>(student, teacher, factors, columns, diagonal, rows, owner_sums);
@@ -216,12 +222,12 @@ class Forward {
   // --- sums leave by additions in global memory
   // -----------------------------------------------------------------------
 
-  __device__ void add(int token, const Sums& sums) const {
+  __device__ void add(int token, const Sums& of_token) const {
     if (token >= p_.tokens) return;
-    float* to = p_.sums + static_cast<int64_t>(head_) * kSums * p_.tokens + token;
-    atomicAdd(to, sums.mass);
-    atomicAdd(to + p_.tokens, sums.moment);
-    atomicAdd(to + 2 * p_.tokens, sums.phi);
+    const auto index = static_cast<uint32_t>(token);
+    atomicAdd(sums() + index, of_token.mass);
+    atomicAdd(sums() + p_.tokens + index, of_token.moment);
+    atomicAdd(sums() + 2 * static_cast<int64_t>(p_.tokens) + index, of_token.phi);
   }
 
   /// The thread whose lane differs in this bit keeps the other sums; this one returns its own.
@@ -244,7 +250,7 @@ class Forward {
   }
 
   /// Over the eight threads that share the columns, each of which keeps one column of two fragments in four.
-  __device__ void write_owners(const Sums (&sums)[kElements / 2], int first_owner) const {
+  __device__ void write_owners(const Sums (&of_thread)[kElements / 2], int first_owner) const {
     constexpr int kFragments = kElements / 4;
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
@@ -252,17 +258,19 @@ class Forward {
       Sums of_fragment[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        of_fragment[i] = exchange(sums[2 * (n + i)], sums[2 * (n + i) + 1], 4);
+        of_fragment[i] = exchange(of_thread[2 * (n + i)], of_thread[2 * (n + i) + 1], 4);
       const Sums even = exchange(of_fragment[0], of_fragment[1], 8);
       const Sums odd = exchange(of_fragment[2], of_fragment[3], 8);
       const int fragment = n + (lane >> 3 & 1) + (lane >> 4) * 2;
-      add(first_owner + 8 * fragment + column_of_thread() + (lane >> 2 & 1), exchange(even, odd, 16));
+      const int token = first_owner + 8 * fragment + column_of_thread() + (lane >> 2 & 1);
+      add(token, exchange(even, odd, 16));
     }
   }
 };
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ ForwardArguments arguments) {
+__global__ void __launch_bounds__(Forward<T, kDim>::kThreads, 1)
+    forward_kernel(const __grid_constant__ ForwardArguments arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(LINEARARD_EMULATION)
   Forward<T, kDim>::run(arguments);
 #endif

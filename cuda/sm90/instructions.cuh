@@ -100,13 +100,14 @@ __device__ inline void prefetch_tensor_map(const CUtensorMap* map) {
 /// What this thread has written to shared memory is seen by the tensor cores and the copy engine.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-/// Adds floats of shared memory to global ones; a multiple of 16 bytes at multiples of 16. Counts for the thread's
-/// next bulk_commit.
-__device__ inline void reduce_add_bulk(float* global, uint32_t shared, uint32_t bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
-                   __cvta_generic_to_global(global)),
-               "r"(shared), "r"(bytes)
-               : "memory");
+/// Adds a box of floats in shared memory to the tensor at these coordinates; what lies outside of it is dropped. Counts
+/// for the thread's next bulk_commit.
+__device__ inline void tma_reduce_add_4d(const CUtensorMap* map, uint32_t shared, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+          reinterpret_cast<uint64_t>(map)),
+      "r"(shared), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
 }
 __device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 /// Waits until the thread's committed groups, but for the last kPending, have read shared memory.

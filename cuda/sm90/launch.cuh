@@ -25,7 +25,7 @@ cudaError_t launch_forward(const TriangularForwardParams& params, int multiproce
   ForwardArguments arguments;
   const cudaError_t error = prepare_arguments(arguments, params, Forward<T, kDim>::kOwners, multiprocessors);
   if (error != cudaSuccess) return error;
-  return launch_blocks(forward_kernel<T, kDim>, arguments, arguments.schedule.blocks(), kThreads,
+  return launch_blocks(forward_kernel<T, kDim>, arguments, arguments.schedule.blocks(), Forward<T, kDim>::kThreads,
                        Forward<T, kDim>::kSharedBytes, stream);
 }
 
@@ -34,7 +34,10 @@ cudaError_t launch_backward(const TriangularBackwardParams& params, int multipro
   BackwardArguments arguments;
   cudaError_t error = prepare_arguments(arguments, params, Backward<T, kDim>::kOwners, multiprocessors);
   if (error != cudaSuccess) return error;
-  error = map_token_values(arguments.token_values, params.token_values, params.batch * params.heads, params.tokens);
+  const int heads = params.batch * params.heads;
+  error = map_token_values(arguments.token_values, params.token_values, heads, params.tokens);
+  if (error != cudaSuccess) return error;
+  error = map_gradient(arguments.gradient, params.gradient, heads, params.tokens, params.student.dim);
   if (error != cudaSuccess) return error;
   return launch_blocks(backward_kernel<T, kDim>, arguments, arguments.schedule.blocks(), kThreads,
                        Backward<T, kDim>::kSharedBytes, stream);

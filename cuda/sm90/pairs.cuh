@@ -3,7 +3,8 @@
 #include "../mma/instructions.cuh"
 #include "../triangular/elements.cuh"
 
-// The pairs of a warpgroup's accumulators: see wgmma.cuh for which thread holds which. Rows and columns are tokens.
+// The pairs of a warpgroup's accumulators: see wgmma.cuh for which thread holds which. Rows and columns are tokens. Both
+// sides have one scale, so that logits differ as the products of their vectors do.
 
 namespace linearard::cuda::sm90 {
 
@@ -91,13 +92,14 @@ __device__ void add_pairs(float (&student)[kElements],
   static_assert(kElements % (4 * kVoteFragments) == 0);
 #pragma unroll
   for (int first = 0; first < kElements / 4; first += kVoteFragments) {
-    float largest = 0;
+    float largest[4] = {};  // four chains, which do not wait for each other
 #pragma unroll
     for (int i = 4 * first; i < 4 * (first + kVoteFragments); ++i) {
-      student[i] = factors.difference(student[i], teacher[i]);
-      largest = fmaxf(largest, fabsf(student[i]));  // NaN passes: it reaches the sums through E
+      student[i] -= teacher[i];
+      largest[i % 4] = fmaxf(largest[i % 4], fabsf(student[i]));  // NaN passes: it reaches the sums through E
     }
-    if (__all_sync(0xffffffffu, largest < factors.near)) {
+    const float farthest = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
+    if (__all_sync(0xffffffffu, farthest < factors.near)) {
       add_fragments<kPartial, true>(student, teacher, first, factors, columns, diagonal, rows, column_sums);
     } else {
       add_fragments<kPartial, false>(student, teacher, first, factors, columns, diagonal, rows, column_sums);
@@ -122,7 +124,8 @@ __device__ void weigh_pairs(const float (&student)[kElements],
     float weights[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const auto parts = terms(student[4 * n + c], teacher[4 * n + c], rows[c / 2], pair[c % 2]);
+      const auto parts =
+          terms(student[4 * n + c] - teacher[4 * n + c], teacher[4 * n + c], rows[c / 2], pair[c % 2]);
       weights[c] = parts.e * (parts.first + parts.second);
       if constexpr (kPartial) {
         const int distance = diagonal.row_minus_column(n, c);

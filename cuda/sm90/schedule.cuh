@@ -10,13 +10,20 @@
 
 namespace linearard::cuda::sm90 {
 
-/// One warpgroup copies, two compute: the register file gives those 240 registers a thread.
+/// One warpgroup copies, two or three compute.
 inline constexpr int kWarpgroup = 128;
 inline constexpr int kGroups = 2;
 inline constexpr int kConsumerThreads = kGroups * kWarpgroup;
 inline constexpr int kThreads = kWarpgroup + kConsumerThreads;
-inline constexpr int kProducerRegisters = 24;
-inline constexpr int kConsumerRegisters = 240;
+
+/// Registers of a thread of the warpgroup that copies and of those that compute.
+template <int kGroups>
+struct Registers {
+  static_assert(kGroups == 2 || kGroups == 3);
+  static constexpr int kProducer = kGroups == 2 ? 24 : 32;
+  static constexpr int kConsumer = kGroups == 2 ? 240 : 160;
+};
+
 /// Tokens of a walk's tile, and of one load of the copy engine.
 inline constexpr int kTileTokens = 64;
 

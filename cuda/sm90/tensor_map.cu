@@ -86,4 +86,16 @@ cudaError_t map_token_values(CUtensorMap& map, const void* values, int heads, in
                                  false});
 }
 
+cudaError_t map_gradient(CUtensorMap& map, const float* gradient, int heads, int tokens, int dim) {
+  const uint64_t token_bytes = static_cast<uint64_t>(dim) * sizeof(float);
+  const uint64_t head_bytes = static_cast<uint64_t>(tokens) * token_bytes;
+  return encode_tensor_map(
+      map, {gradient,
+            true,
+            {static_cast<uint64_t>(dim), static_cast<uint64_t>(tokens), static_cast<uint64_t>(heads), 1},
+            {token_bytes, head_bytes, head_bytes * static_cast<uint64_t>(heads)},
+            {kFloatChunkDims, kTileTokens, 1, 1},
+            true});
+}
+
 }  // namespace linearard::cuda::sm90

@@ -180,17 +180,18 @@ struct PairTerms {
 
   struct Parts {
     float e;
-    float first;   ///< row_i key_j (w ratio_i - 1)
-    float second;  ///< key_i row_j (w ratio_j - 1)
+    float first;   ///< (w row_ratio_i - row_i) key_j
+    float second;  ///< (w row_ratio_j - row_j) key_i
   };
 
-  __device__ Parts operator()(float product_student,
+  /// @param difference of the logits / student
+  __device__ Parts operator()(float difference,
                               float product_teacher,
                               const BackwardToken& i,
                               const BackwardToken& j) const {
-    const float w = Base<float>::exp(factors.difference(product_student, product_teacher) * factors.student);
-    return {Base<float>::exp(factors.exponent(product_teacher, i.bias, j.bias)), i.row * fmaf(w, i.ratio, -1.f) * j.key,
-            i.key * fmaf(w, j.ratio, -1.f) * j.row};
+    const float w = Base<float>::exp(difference * factors.student);
+    return {Base<float>::exp(factors.exponent(product_teacher, i.bias, j.bias)), fmaf(w, i.row_ratio, -i.row) * j.key,
+            fmaf(w, j.row_ratio, -j.row) * i.key};
   }
 };
 

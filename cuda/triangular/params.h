@@ -19,12 +19,12 @@ struct alignas(8) OwnLogit {
 };
 
 /// What a pair needs of either token in the backward, with the same E_ij of the log-sum-exps:
-///   H_ij = E_ij (row_i key_j (w ratio_i - 1) + key_i row_j (w ratio_j - 1)),   w = 2^(s_ij - t_ij)
+///   H_ij = E_ij (key_j (w row_ratio_i - row_i) + key_i (w row_ratio_j - row_j)),   w = 2^(s_ij - t_ij)
 struct alignas(16) BackwardToken {
-  float bias;   ///< lse_t / 2 - kHeadroom / 2
-  float key;    ///< 2^(lse_t / 2 - center - kHeadroom / 2)
-  float row;    ///< upstream gradient x 2^(center - lse_t / 2 - kHeadroom / 2)
-  float ratio;  ///< 2^(lse_t - lse_s)
+  float bias;       ///< lse_t / 2 - kHeadroom / 2
+  float key;        ///< 2^(lse_t / 2 - center - kHeadroom / 2)
+  float row;        ///< upstream gradient x 2^(center - lse_t / 2 - kHeadroom / 2)
+  float row_ratio;  ///< row x 2^(lse_t - lse_s)
 };
 
 /// Added to the exponent of E_ij <= 1 (nats: 30): float holds what is left of it where the tokens of a pair lie far

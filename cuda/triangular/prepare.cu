@@ -87,6 +87,9 @@ __global__ void __launch_bounds__(kThreads) forward_tokens_kernel(const __grid_c
 /// Farthest apart that the two log-sum-exps of a row may lie, nats: 2^(s - t) must not overflow where a probability is
 /// left.
 constexpr float kLargestShift = 40.f;
+/// Beyond them a row's weight loses digits.
+constexpr float kSmallestRow = 1e-37f;
+constexpr float kLargestRow = 1e37f;
 
 /// A block of threads serves a head.
 __global__ void __launch_bounds__(kThreads) prepare_backward_kernel(const __grid_constant__ PrepareBackwardParams p) {
@@ -109,6 +112,7 @@ __global__ void __launch_bounds__(kThreads) prepare_backward_kernel(const __grid
   shift = largest_of_block(shift, scratch);
   const float center = (highest + lowest) / 4 * kLog2E;
   const float scale = half_range_scale(p.largest_grad);
+  float extreme = 0;
   for (int token = static_cast<int>(threadIdx.x); token < tokens; token += kThreads) {
     BackwardToken value{0, 0, 0, 0};
     if (is_real(p.visibility.row_mask, tokens, problem / p.heads, token)) {
@@ -119,12 +123,14 @@ __global__ void __launch_bounds__(kThreads) prepare_backward_kernel(const __grid
       value.bias = half - kHeadroom / 2;
       value.key = exp2f(half - center - kHeadroom / 2);
       value.row = weight * exp2f(center - half - kHeadroom / 2);
-      value.ratio = exp2f((p.lse_teacher[first + token] - p.lse_student[first + token]) * kLog2E);
+      value.row_ratio = value.row * exp2f((p.lse_teacher[first + token] - p.lse_student[first + token]) * kLog2E);
+      if (value.row != 0 && !(fabsf(value.row_ratio) > kSmallestRow && fabsf(value.row_ratio) < kLargestRow)) extreme = 1;
     }
     p.token_values[first + token] = value;
   }
+  extreme = largest_of_block(extreme, scratch);
   if (threadIdx.x == 0) {
-    p.wide_heads[problem] = highest - lowest < kLargestSpread && shift < kLargestShift ? 0 : 1;
+    p.wide_heads[problem] = highest - lowest < kLargestSpread && shift < kLargestShift && extreme == 0 ? 0 : 1;
   }
 }
 

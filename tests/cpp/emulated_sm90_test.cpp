@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -217,19 +218,36 @@ TEST(EmulatedSm90, RingOfBuffers) {
   set_schedule(0);
 }
 
-TEST(EmulatedSm90, BulkAdditions) {
-  alignas(16) float sums[8] = {1, 2, 3, 4, 5, 6, 7, 8};
-  run_grid(dim3(1), dim3(1), 32, [&] {
-    auto* const values = reinterpret_cast<float*>(dynamic_shared_memory());
-    for (int i = 0; i < 8; ++i)
-      values[i] = 10.f * static_cast<float>(i);
+TEST(EmulatedSm90, AdditionsDropWhatLiesOutside) {
+  constexpr int kTokens = 10;
+  constexpr int kDims = 40;
+  constexpr int kBoxTokens = 8;
+  constexpr int kBoxDims = 32;
+  std::vector<float> sums(static_cast<size_t>(kTokens) * kDims);
+  std::iota(sums.begin(), sums.end(), 0.f);
+  CUtensorMap map;
+  TensorMap{reinterpret_cast<const char*>(sums.data()), 4, {kDims, kTokens, 1, 1}, {kBoxDims, kBoxTokens, 1, 1},
+            {kDims * 4, 16, 16}, true}
+      .store(map);
+  run_grid(dim3(1), dim3(1), kBoxTokens * kBoxDims * 4, [&] {
+    for (int token = 0; token < kBoxTokens; ++token) {
+      for (int dim = 0; dim < kBoxDims; ++dim) {
+        const int piece = token * kBoxDims / 4 + (dim / 4 ^ token % 8);
+        reinterpret_cast<float*>(dynamic_shared_memory())[4 * piece + dim % 4] = 1000.f * token + dim;
+      }
+    }
     sm90::fence_async_proxy();
-    sm90::reduce_add_bulk(sums, memory_at(0), 32);
+    sm90::tma_reduce_add_4d(&map, memory_at(0), 32, 5, 0, 0);
     sm90::bulk_commit();
     sm90::bulk_wait_read<0>();
   });
-  for (int i = 0; i < 8; ++i)
-    EXPECT_EQ(sums[i], 11 * i + 1);
+  for (int token = 0; token < kTokens; ++token) {
+    for (int dim = 0; dim < kDims; ++dim) {
+      const float before = static_cast<float>(token * kDims + dim);
+      const float added = token >= 5 && dim >= 32 ? 1000.f * (token - 5) + (dim - 32) : 0.f;
+      EXPECT_EQ(sums[static_cast<size_t>(token * kDims + dim)], before + added) << token << ' ' << dim;
+    }
+  }
 }
 
 void expect_error(int threads, const std::function<void()>& kernel, const std::string& part) {

@@ -13,12 +13,13 @@ namespace {
 
 constexpr uint32_t kLargestBox = 256;
 constexpr uint32_t kSwizzleLine = 128;
+constexpr uint32_t kLineAlignment = 128;
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
 
 struct Addition {
-  float* global;
+  TensorMap map;
   uint32_t shared;
-  uint32_t bytes;
+  int first[TensorMap::kRank];
   Location at;
 };
 
@@ -51,40 +52,56 @@ void check(bool condition, const char* message) {
   if (!condition) throw Error(std::string("tensor map: ") + message);
 }
 
-/// One line of a box, of `bytes`, to `offset` of the destination.
-void copy_line(uint32_t shared, uint32_t offset, const char* source, uint32_t bytes, bool swizzled) {
-  constexpr uint32_t kPiece = 16;
-  for (uint32_t begin = 0; begin < bytes; begin += kPiece) {
-    uint32_t address = shared + offset + begin;
-    if (swizzled) address ^= (address >> 7 & 7) << 4;
-    std::memcpy(copy_lands(address, kPiece), source + begin, kPiece);
+uint32_t bytes_of_box(const TensorMap& map) {
+  return map.box[0] * map.box[1] * map.box[2] * map.box[3] * map.element_bytes;
+}
+
+/// Where the piece of 16 bytes at this address of a box lies.
+uint32_t place_of(uint32_t address, bool swizzled) { return swizzled ? address ^ (address >> 7 & 7) << 4 : address; }
+
+/// Calls visit(offset in the box, element of the tensor or null where there is none) for all elements of a box.
+template <typename Visit>
+void for_each_element(const TensorMap& map, const int (&first)[TensorMap::kRank], const Visit& visit) {
+  uint32_t offset = 0;
+  for (uint32_t i3 = 0; i3 < map.box[3]; ++i3) {
+    for (uint32_t i2 = 0; i2 < map.box[2]; ++i2) {
+      for (uint32_t i1 = 0; i1 < map.box[1]; ++i1) {
+        for (uint32_t i0 = 0; i0 < map.box[0]; ++i0, offset += map.element_bytes) {
+          const int64_t at[4] = {first[0] + int64_t{i0}, first[1] + int64_t{i1}, first[2] + int64_t{i2},
+                                 first[3] + int64_t{i3}};
+          bool inside = true;
+          for (int d = 0; d < TensorMap::kRank; ++d)
+            inside = inside && at[d] >= 0 && at[d] < map.sizes[d];
+          char* element = const_cast<char*>(map.data) + at[0] * map.element_bytes;
+          for (int d = 1; d < TensorMap::kRank; ++d)
+            element += at[d] * static_cast<int64_t>(map.strides[d - 1]);
+          visit(offset, inside ? element : nullptr);
+        }
+      }
+    }
   }
 }
 
 void land(uint32_t shared, const TensorMap& map, const int (&first)[TensorMap::kRank]) {
-  const uint32_t line_bytes = map.box[0] * map.element_bytes;
-  std::vector<char> line(line_bytes);
-  uint32_t offset = 0;
-  for (uint32_t i3 = 0; i3 < map.box[3]; ++i3) {
-    for (uint32_t i2 = 0; i2 < map.box[2]; ++i2) {
-      for (uint32_t i1 = 0; i1 < map.box[1]; ++i1, offset += line_bytes) {
-        const int64_t at[4] = {first[0], first[1] + int64_t{i1}, first[2] + int64_t{i2}, first[3] + int64_t{i3}};
-        std::fill(line.begin(), line.end(), '\0');
-        bool inside = true;
-        for (int d = 1; d < TensorMap::kRank; ++d)
-          inside = inside && at[d] >= 0 && at[d] < map.sizes[d];
-        for (uint32_t i0 = 0; inside && i0 < map.box[0]; ++i0) {
-          const int64_t x = at[0] + i0;
-          if (x < 0 || x >= map.sizes[0]) continue;
-          const char* const from = map.data + x * map.element_bytes + at[1] * static_cast<int64_t>(map.strides[0]) +
-                                   at[2] * static_cast<int64_t>(map.strides[1]) +
-                                   at[3] * static_cast<int64_t>(map.strides[2]);
-          std::memcpy(line.data() + i0 * map.element_bytes, from, map.element_bytes);
-        }
-        copy_line(shared, offset, line.data(), line_bytes, map.swizzled);
-      }
-    }
-  }
+  constexpr uint32_t kPiece = 16;
+  std::vector<char> box(bytes_of_box(map));
+  for_each_element(map, first, [&](uint32_t offset, const char* element) {
+    if (element != nullptr) std::memcpy(box.data() + offset, element, map.element_bytes);
+  });
+  for (uint32_t begin = 0; begin < box.size(); begin += kPiece)
+    std::memcpy(copy_lands(place_of(shared + begin, map.swizzled), kPiece), box.data() + begin, kPiece);
+}
+
+void add(const Addition& addition) {
+  const TensorMap& map = addition.map;
+  const uint32_t bytes = bytes_of_box(map);
+  const auto* const box = reinterpret_cast<const char*>(async_read(addition.shared, bytes, 16, addition.at));
+  for_each_element(map, addition.first, [&](uint32_t offset, char* element) {
+    if (element == nullptr) return;
+    float value = 0;
+    std::memcpy(&value, box + place_of(addition.shared + offset, map.swizzled) - addition.shared, sizeof(value));
+    *reinterpret_cast<float*>(element) += value;
+  });
 }
 
 }  // namespace
@@ -115,22 +132,24 @@ void tma_load(uint32_t shared,
               uint32_t barrier,
               const int (&coordinates)[TensorMap::kRank],
               const Location& at) {
-  const uint32_t bytes = map.box[0] * map.box[1] * map.box[2] * map.box[3] * map.element_bytes;
-  if (shared % 128 != 0) fail("a load of the copy engine is aligned to 128 bytes", at);
-  copy_begins(shared, bytes, at);
+  if (shared % kLineAlignment != 0) fail("a load of the copy engine is aligned to 128 bytes", at);
+  copy_begins(shared, bytes_of_box(map), at);
   const std::vector<int> first(coordinates, coordinates + TensorMap::kRank);
   defer([=] {
     land(shared, map, {first[0], first[1], first[2], first[3]});
-    mbarrier_complete(barrier, bytes, at);
+    mbarrier_complete(barrier, bytes_of_box(map), at);
   });
 }
 
-void reduce_add_bulk(float* global, uint32_t shared, uint32_t bytes, const Location& at) {
-  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) {
-    fail("a bulk addition takes multiples of 16 bytes at multiples of 16", at);
-  }
-  shared_access(shared, bytes, 16, at);
-  additions()[this_thread()].open.push_back({global, shared, bytes, at});
+void tma_reduce_add(const TensorMap& map,
+                    uint32_t shared,
+                    const int (&coordinates)[TensorMap::kRank],
+                    const Location& at) {
+  if (shared % kLineAlignment != 0) fail("an addition of the copy engine is aligned to 128 bytes", at);
+  if (map.element_bytes != sizeof(float)) fail("only floats are added", at);
+  shared_access(shared, bytes_of_box(map), 16, at);
+  const auto& c = coordinates;
+  additions()[this_thread()].open.push_back({map, shared, {c[0], c[1], c[2], c[3]}, at});
 }
 
 void bulk_commit() {
@@ -142,12 +161,8 @@ void bulk_commit() {
 void bulk_wait_read(int pending) {
   ThreadAdditions& mine = additions()[this_thread()];
   while (mine.groups.size() > static_cast<size_t>(pending)) {
-    for (const Addition& addition : mine.groups.front()) {
-      const auto* const values =
-          reinterpret_cast<const float*>(async_read(addition.shared, addition.bytes, 16, addition.at));
-      for (uint32_t i = 0; i < addition.bytes / sizeof(float); ++i)
-        addition.global[i] += values[i];
-    }
+    for (const Addition& addition : mine.groups.front())
+      add(addition);
     mine.groups.pop_front();
   }
 }

@@ -34,8 +34,11 @@ void tma_load(uint32_t shared,
               const int (&coordinates)[TensorMap::kRank],
               const Location& at);
 
-/// Adds floats of shared memory to those of global memory; part of the thread's next group.
-void reduce_add_bulk(float* global, uint32_t shared, uint32_t bytes, const Location& at);
+/// Adds the box of floats to the tensor; elements outside of it are dropped. Part of the thread's next group.
+void tma_reduce_add(const TensorMap& map,
+                    uint32_t shared,
+                    const int (&coordinates)[TensorMap::kRank],
+                    const Location& at);
 void bulk_commit();
 /// Until at most `pending` groups of this thread have not read shared memory.
 void bulk_wait_read(int pending);

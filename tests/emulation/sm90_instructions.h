@@ -54,8 +54,9 @@ inline void prefetch_tensor_map(const CUtensorMap* /*map*/) {}
 
 inline void fence_async_proxy() { emulation::fence_async_proxy(); }
 
-inline void reduce_add_bulk(float* global, uint32_t shared, uint32_t bytes, LINEARARD_CALLER) {
-  emulation::reduce_add_bulk(global, shared, bytes, at);
+inline void tma_reduce_add_4d(
+    const CUtensorMap* map, uint32_t shared, int c0, int c1, int c2, int c3, LINEARARD_CALLER) {
+  emulation::tma_reduce_add(emulation::TensorMap::load(*map), shared, {c0, c1, c2, c3}, at);
 }
 inline void bulk_commit() { emulation::bulk_commit(); }
 template <int kPending>
