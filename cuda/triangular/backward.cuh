@@ -2,6 +2,7 @@
 
 #include "elements.cuh"
 #include "loader.cuh"
+#include "order.cuh"
 
 namespace linearard::cuda::triangular {
 
@@ -27,9 +28,8 @@ class Backward {
 
   __device__ static void run(const TriangularBackwardParams& p, char* shared) {
     const int blocks = (p.tokens + kOwners - 1) / kOwners;
-    const int problem = static_cast<int>(blockIdx.x) / blocks;
+    const auto [problem, index] = BlockOrder::of_block(static_cast<int>(blockIdx.x), blocks, p.batch * p.heads);
     if (p.wide_heads[problem] != 0) return;
-    const int index = static_cast<int>(blockIdx.x) % blocks;
     Backward(p, shared, problem, (p.causal ? blocks - 1 - index : index) * kOwners).run_block();
   }
 

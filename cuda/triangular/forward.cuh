@@ -2,6 +2,7 @@
 
 #include "elements.cuh"
 #include "loader.cuh"
+#include "order.cuh"
 
 namespace linearard::cuda::triangular {
 
@@ -23,10 +24,9 @@ class Forward {
 
   __device__ static void run(const TriangularForwardParams& p, char* shared) {
     const int blocks = (p.tokens + kOwners - 1) / kOwners;
-    const int problem = static_cast<int>(blockIdx.x) / blocks;
+    const auto [problem, index] = BlockOrder::of_block(static_cast<int>(blockIdx.x), blocks, p.batch * p.heads);
     if (p.wide_heads[problem] != 0) return;
-    // The first block of rows sees most tiles, or, causal, the last one: the long blocks start first.
-    const int index = static_cast<int>(blockIdx.x) % blocks;
+    // The first block of rows sees most tiles, or, causal, the last one.
     Forward(p, shared, problem, (p.causal ? blocks - 1 - index : index) * kOwners).run_block();
   }
 
