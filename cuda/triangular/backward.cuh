@@ -21,12 +21,15 @@ class Backward {
   static constexpr int kDimPairsOfWarp = (kDimPairs + mma::kWarps - 1) / mma::kWarps;
   static_assert(kTile == kChunkColumns && kTile == 32);
 
-  /// Where the block's head begins. In shared memory: registers are what this kernel is short of.
-  struct alignas(16) Head {
+  /// A block's head and walk. In shared memory: registers are what this kernel is short of.
+  struct alignas(16) Walk {
     const T* student;
     const T* teacher;
     const uint8_t* mask;
     float* gradient;
+    const BackwardToken* values;
+    int first;  ///< owner
+    int end;    ///< tile
   };
 
  public:
@@ -35,32 +38,26 @@ class Backward {
   static constexpr int kColumnValues = S::kColumns + kOwners * static_cast<int>(sizeof(BackwardToken));
   static constexpr int kH = kColumnValues + kStages * kTile * static_cast<int>(sizeof(BackwardToken));
   static_assert(kH % (kTile * 2) == 0);
-  static constexpr int kHead = kH + kOwners * kTile * 2;
-  static constexpr int kSharedBytes = kHead + static_cast<int>(sizeof(Head));
+  static constexpr int kWalk = kH + kOwners * kTile * 2;
+  static constexpr int kSharedBytes = kWalk + static_cast<int>(sizeof(Walk));
 
   __device__ static void run(const TriangularBackwardParams& p, char* shared) {
     const int blocks = (p.tokens + kOwners - 1) / kOwners;
     const auto [problem, index] = BlockOrder::of_block(static_cast<int>(blockIdx.x), blocks, p.batch * p.heads);
     if (p.wide_heads[problem] != 0) return;
-    Backward(p, shared, problem, (p.causal ? blocks - 1 - index : index) * kOwners).run_block();
+    Backward(p, shared).run_block(problem, (p.causal ? blocks - 1 - index : index) * kOwners);
   }
 
  private:
   const TriangularBackwardParams& p_;
   const uint32_t shared_;
-  const int problem_;
-  const int first_;
   float gradient_[kSlabs][kDim / 8][4] = {};
 
-  __device__ Backward(const TriangularBackwardParams& p, char* shared, int problem, int first)
-      : p_(p), shared_(shared_address(shared)), problem_(problem), first_(first) {}
+  __device__ Backward(const TriangularBackwardParams& p, char* shared) : p_(p), shared_(shared_address(shared)) {}
 
   __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
   __device__ static int warp_row() { return warp() * 16 * kSlabs; }
   __device__ static int row_in_block(int m, int half) { return warp_row() + m * 16 + mma::row_in_slab(half); }
-  __device__ const BackwardToken* values() const {
-    return p_.token_values + static_cast<int64_t>(problem_) * p_.tokens;
-  }
   __device__ BackwardToken* owners() const {
     return reinterpret_cast<BackwardToken*>(dynamic_shared_memory() + S::kColumns);
   }
@@ -72,20 +69,20 @@ class Backward {
 
   __device__ void load_value(BackwardToken* to, int token) const {
     const bool valid = token < p_.tokens;
-    copy_async(shared_address(to), values() + (valid ? token : 0), valid);
+    copy_async(shared_address(to), walk()->values + (valid ? token : 0), valid);
   }
 
-  __device__ Head* head() const { return reinterpret_cast<Head*>(dynamic_shared_memory() + kHead); }
+  __device__ Walk* walk() const { return reinterpret_cast<Walk*>(dynamic_shared_memory() + kWalk); }
 
   /// Both vectors of kRows tokens.
   template <int kRows>
   __device__ void load(uint32_t student, uint32_t teacher, int first) const {
     using Loader = TileLoader<T, kDim, kRows>;
-    const Head h = *head();
-    const bool whole = Loader::is_whole(p_.student, first, p_.tokens, h.mask);
+    const Walk w = *walk();
+    const bool whole = Loader::is_whole(p_.student, first, p_.tokens, w.mask);
     const unsigned thread = anew(static_cast<int>(threadIdx.x));
-    Loader(p_.student, h.student, p_.tokens, h.mask, thread).load(student, first, whole);
-    Loader(p_.teacher, h.teacher, p_.tokens, h.mask, thread).load(teacher, first, whole);
+    Loader(p_.student, w.student, p_.tokens, w.mask, thread).load(student, first, whole);
+    Loader(p_.teacher, w.teacher, p_.tokens, w.mask, thread).load(teacher, first, whole);
   }
 
   __device__ void load_columns(int tile) const {
@@ -96,26 +93,30 @@ class Backward {
     copy_commit();
   }
 
-  __device__ void run_block() {
-    if (threadIdx.x == 0) {
-      const int batch = problem_ / p_.heads;
-      const int index = problem_ % p_.heads;
-      *head() = {head_of<T>(p_.student, batch, index), head_of<T>(p_.teacher, batch, index),
-                 p_.mask == nullptr ? nullptr : p_.mask + static_cast<int64_t>(batch) * p_.tokens,
-                 p_.gradient + static_cast<int64_t>(problem_) * p_.tokens * p_.student.dim};
-    }
-    __syncthreads();
-    load<kOwners>(shared_, shared_ + S::kOwnerTeacher, first_);
-    if (threadIdx.x < kOwners) load_value(owners() + threadIdx.x, first_ + static_cast<int>(threadIdx.x));
-
+  __device__ void run_block(int problem, int first) {
     const int tiles = (p_.tokens + kTile - 1) / kTile;
     const bool triangular = p_.traversal == Traversal::kTriangular;
-    const int begin = triangular && !p_.causal ? first_ / kTile : 0;
-    const int end = triangular && p_.causal ? min((first_ + kOwners) / kTile, tiles) : tiles;
+    const int begin = triangular && !p_.causal ? first / kTile : 0;
+    if (threadIdx.x == 0) {
+      const int batch = problem / p_.heads;
+      const int head = problem % p_.heads;
+      const int64_t before = static_cast<int64_t>(problem) * p_.tokens;
+      *walk() = {head_of<T>(p_.student, batch, head),
+                 head_of<T>(p_.teacher, batch, head),
+                 p_.mask == nullptr ? nullptr : p_.mask + static_cast<int64_t>(batch) * p_.tokens,
+                 p_.gradient + before * p_.student.dim,
+                 p_.token_values + before,
+                 first,
+                 triangular && p_.causal ? min((first + kOwners) / kTile, tiles) : tiles};
+    }
+    __syncthreads();
+    load<kOwners>(shared_, shared_ + S::kOwnerTeacher, first);
+    if (threadIdx.x < kOwners) load_value(owners() + threadIdx.x, first + static_cast<int>(threadIdx.x));
+
     load_columns(begin);
 #pragma unroll 1
-    for (int tile = begin; tile < end; ++tile) {
-      if (tile + 1 < end) {
+    for (int tile = begin; tile < walk()->end; ++tile) {
+      if (tile + 1 < walk()->end) {
         load_columns(tile + 1);
         copy_wait<1>();
       } else {
@@ -130,7 +131,7 @@ class Backward {
   }
 
   /// How many tiles behind the block's first tile on the diagonal.
-  __device__ int tiles_behind(int tile) const { return tile - anew(first_) / kTile; }
+  __device__ int tiles_behind(int tile) const { return tile - walk()->first / kTile; }
   __device__ bool is_on_diagonal(int tile) const {
     return static_cast<unsigned>(tiles_behind(tile)) < static_cast<unsigned>(kOwners / kTile);
   }
@@ -145,7 +146,8 @@ class Backward {
     Products teacher = {};
     // Addresses are cheap to compute, and many: kept from tile to tile they would spill what is needed.
     const unsigned thread = anew(static_cast<int>(threadIdx.x));
-    Both::multiply(student, teacher, Both::owner_address(shared_, thread), others + Both::other_offset(thread));
+    Both::template multiply<(kBackwardBlocks<kDim> < 3)>(student, teacher, Both::owner_address(shared_, thread),
+                                                         others + Both::other_offset(thread));
     if (!p_.causal) {
       weigh<Kind::kBoth>(student, teacher, tile);
     } else if (is_on_diagonal(tile)) {
@@ -166,17 +168,20 @@ class Backward {
   __device__ void weigh(Products& student, const Products& teacher, int tile) {
     const ElementFactors factors(p_.factors);
     const PairTerms terms{factors};
-    const BackwardToken* values = columns(tile);
+    const int thread = anew(static_cast<int>(threadIdx.x));
+    const int first_row = thread / 32 * 16 * kSlabs + thread % 32 / 4;
+    const int first_column = thread % 4 * 2;
+    const BackwardToken* values = columns(tile) + first_column;
+    const BackwardToken* owner = owners() + first_row;
     const bool both_halves = p_.traversal == Traversal::kRows;
     // Column less row of the thread's first element.
-    const int corner = anew(tile) * kTile + mma::column_of(0, 0) - first_ - row_in_block(0, 0);
+    const int corner = anew(tile) * kTile + first_column - walk()->first - first_row;
 #pragma unroll
     for (int n = 0; n < kChunkGroups; ++n) {
-      const BackwardToken pair[2] = {values[mma::column_of(n, 0)], values[mma::column_of(n, 1)]};
+      const BackwardToken pair[2] = {values[n * 8], values[n * 8 + 1]};
 #pragma unroll
       for (int m = 0; m < kSlabs; ++m) {
-        const BackwardToken* owner = owners() + row_in_block(m, 0);
-        const BackwardToken rows[2] = {owner[0], owner[8]};
+        const BackwardToken rows[2] = {owner[m * 16], owner[m * 16 + 8]};
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           const auto parts = terms(student[m][n][c], teacher[m][n][c], rows[c / 2], pair[c % 2]);
@@ -237,7 +242,7 @@ class Backward {
   }
 
   __device__ float* gradient_of(int token) const {
-    return head()->gradient + static_cast<int64_t>(token) * p_.student.dim;
+    return walk()->gradient + static_cast<int64_t>(token) * p_.student.dim;
   }
 
   /// Operands of 16 owners' share of H^T X: 32 columns of H, and a warp's part of the dimension.
@@ -303,7 +308,7 @@ class Backward {
       reduce_add_two(to + i * mma::kWarps * 16 + n * 8, sums[m][i][n][2 * half], sums[m][i][n][2 * half + 1]);
     };
     if (tile * kTile + kTile <= p_.tokens && p_.student.dim == kDim) [[likely]] {
-      float* to = head()->gradient + static_cast<int64_t>(first) * kDim + first_dim;
+      float* to = walk()->gradient + static_cast<int64_t>(first) * kDim + first_dim;
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
@@ -341,7 +346,7 @@ class Backward {
     for (int m = 0; m < kSlabs; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int token = first_ + row_in_block(m, half);
+        const int token = walk()->first + row_in_block(m, half);
         if (token >= p_.tokens) continue;
 #pragma unroll
         for (int n = 0; n < kDim / 8; ++n) {
@@ -355,7 +360,7 @@ class Backward {
 };
 
 template <typename T, int kDim, int kSlabs>
-__global__ void __launch_bounds__(mma::kThreads, 2)
+__global__ void __launch_bounds__(mma::kThreads, kBackwardBlocks<kDim>)
     backward_kernel(const __grid_constant__ TriangularBackwardParams params) {
   Backward<T, kDim, kSlabs>::run(params, dynamic_shared_memory());
 }

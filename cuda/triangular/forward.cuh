@@ -110,8 +110,8 @@ class Forward {
     const int begin = triangular ? diagonal : 0;
     const int end = p_.causal ? below : tiles;
     load_columns(begin);
-    // One barrier a tile. Behind it the tile is there, the stage of the tile before is free, and the sums of that tile's
-    // columns are complete.
+    // One barrier a tile. Behind it the tile is there, the stage of the tile before is free, and the sums of that
+    // tile's columns are complete.
     bool columns_left = false;
 #pragma unroll 1
     for (int tile = begin; tile < end; ++tile) {
@@ -204,7 +204,7 @@ class Forward {
 };
 
 template <typename T, int kDim, int kSlabs>
-__global__ void __launch_bounds__(mma::kThreads, 2)
+__global__ void __launch_bounds__(mma::kThreads, kForwardBlocks<kDim>)
     forward_kernel(const __grid_constant__ TriangularForwardParams params) {
   Forward<T, kDim, kSlabs>::run(params, dynamic_shared_memory());
 }

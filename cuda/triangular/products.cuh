@@ -4,6 +4,18 @@
 
 namespace linearard::cuda::triangular {
 
+/// Blocks of threads of a multiprocessor, which decide the registers of a thread. Three blocks of the smallest
+/// dimension have to fit into shared memory, and into registers without spilling.
+template <int kDim>
+inline constexpr int kForwardBlocks = kDim <= 64 ? 3 : 2;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <int kDim>
+inline constexpr int kBackwardBlocks = 2;
+#else
+template <int kDim>
+inline constexpr int kBackwardBlocks = kDim <= 64 ? 3 : 2;
+#endif
+
 /// Operands of one step of 16 dimensions: the owners of a warp, and a tile's others.
 template <typename T, int kDim, int kSlabs>
 struct Operands {
@@ -33,7 +45,8 @@ struct Operands {
   }
 };
 
-/// Both products of a warp's owners and a tile. The operands of a step are loaded while the step before multiplies.
+/// Both products of a warp's owners and a tile. If kAhead, the operands of a step are loaded while the step before
+/// multiplies.
 template <typename T, int kDim, int kSlabs>
 class TileProducts {
   using S = mma::Shape<kDim, kSlabs>;
@@ -52,15 +65,21 @@ class TileProducts {
   }
 
   /// @param owner address of the student's, @param other likewise in the stage
+  template <bool kAhead = true>
   __device__ static void multiply(Products& student, Products& teacher, uint32_t owner, uint32_t other) {
-    Operands<T, kDim, kSlabs> operands[2];
-    operands[0].load(owner + S::kOwnerTeacher, other + S::kOtherBytes, 0);
+    constexpr int kBuffers = kAhead ? 2 : 1;
+    const auto load = [&](Operands<T, kDim, kSlabs>& to, int step) {
+      const bool of_teacher = step % 2 == 0;
+      to.load(owner + (of_teacher ? S::kOwnerTeacher : 0), other + (of_teacher ? S::kOtherBytes : 0), step / 2);
+    };
+    Operands<T, kDim, kSlabs> operands[kBuffers];
+    if (kAhead) load(operands[0], 0);
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      operands[1].load(owner, other, k);
-      operands[0].multiply(teacher);
-      if (k + 1 < kSteps) operands[0].load(owner + S::kOwnerTeacher, other + S::kOtherBytes, k + 1);
-      operands[1].multiply(student);
+    for (int step = 0; step < 2 * kSteps; ++step) {
+      if (step + kBuffers - 1 < 2 * kSteps) {
+        load(operands[(step + kBuffers - 1) % kBuffers], step + kBuffers - 1);
+      }
+      operands[step % kBuffers].multiply(step % 2 == 0 ? teacher : student);
     }
   }
 };
