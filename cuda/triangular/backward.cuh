@@ -2,6 +2,8 @@
 
 #include "elements.cuh"
 #include "loader.cuh"
+#include "order.cuh"
+#include "products.cuh"
 
 namespace linearard::cuda::triangular {
 
@@ -11,88 +13,110 @@ template <typename T, int kDim, int kSlabs>
 class Backward {
   using S = mma::Shape<kDim, kSlabs>;
   using Rows = mma::Layout<kDim>;
-  using Products = float[kSlabs][kChunkGroups][4];
+  using Both = TileProducts<T, kDim, kSlabs>;
+  using Products = typename Both::Products;
   static constexpr int kTile = mma::kOthers;
   static constexpr int kStages = mma::kStages;
   static constexpr int kDimPairs = kDim / 16;  ///< fragments of the dimension, two at a time
   static constexpr int kDimPairsOfWarp = (kDimPairs + mma::kWarps - 1) / mma::kWarps;
   static_assert(kTile == kChunkColumns && kTile == 32);
 
+  /// A block's head and walk. In shared memory: registers are what this kernel is short of.
+  struct alignas(16) Walk {
+    const T* student;
+    const T* teacher;
+    const uint8_t* mask;
+    float* gradient;
+    const BackwardToken* values;
+    int first;  ///< owner
+    int end;    ///< tile
+  };
+
  public:
   static constexpr int kOwners = S::kOwners;
   // After the vectors: the values of the owners, of a tile's columns for each stage, and H [kOwners, kTile].
   static constexpr int kColumnValues = S::kColumns + kOwners * static_cast<int>(sizeof(BackwardToken));
   static constexpr int kH = kColumnValues + kStages * kTile * static_cast<int>(sizeof(BackwardToken));
-  static constexpr int kSharedBytes = kH + kOwners * kTile * 2;
+  static_assert(kH % (kTile * 2) == 0);
+  static constexpr int kWalk = kH + kOwners * kTile * 2;
+  static constexpr int kSharedBytes = kWalk + static_cast<int>(sizeof(Walk));
 
   __device__ static void run(const TriangularBackwardParams& p, char* shared) {
     const int blocks = (p.tokens + kOwners - 1) / kOwners;
-    const int problem = static_cast<int>(blockIdx.x) / blocks;
+    const auto [problem, index] = BlockOrder::of_block(static_cast<int>(blockIdx.x), blocks, p.batch * p.heads);
     if (p.wide_heads[problem] != 0) return;
-    const int index = static_cast<int>(blockIdx.x) % blocks;
-    Backward(p, shared, problem, (p.causal ? blocks - 1 - index : index) * kOwners).run_block();
+    Backward(p, shared).run_block(problem, (p.causal ? blocks - 1 - index : index) * kOwners);
   }
 
  private:
   const TriangularBackwardParams& p_;
   const uint32_t shared_;
-  const int problem_;
-  const int first_;
   float gradient_[kSlabs][kDim / 8][4] = {};
 
-  __device__ Backward(const TriangularBackwardParams& p, char* shared, int problem, int first)
-      : p_(p), shared_(shared_address(shared)), problem_(problem), first_(first) {}
+  __device__ Backward(const TriangularBackwardParams& p, char* shared) : p_(p), shared_(shared_address(shared)) {}
 
   __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
   __device__ static int warp_row() { return warp() * 16 * kSlabs; }
   __device__ static int row_in_block(int m, int half) { return warp_row() + m * 16 + mma::row_in_slab(half); }
-  __device__ const BackwardToken* values() const {
-    return p_.token_values + static_cast<int64_t>(problem_) * p_.tokens;
-  }
   __device__ BackwardToken* owners() const {
     return reinterpret_cast<BackwardToken*>(dynamic_shared_memory() + S::kColumns);
   }
-  __device__ BackwardToken* columns(int stage) const {
-    return reinterpret_cast<BackwardToken*>(dynamic_shared_memory() + kColumnValues) + stage * kTile;
+  __device__ BackwardToken* columns(int tile) const {
+    return reinterpret_cast<BackwardToken*>(dynamic_shared_memory() + kColumnValues) + stage_of(tile) * kTile;
   }
-  __device__ uint32_t stage_of(int tile) const { return shared_ + S::kOther + tile % kStages * 2 * S::kOtherBytes; }
+  __device__ static unsigned stage_of(int tile) { return static_cast<unsigned>(tile) % kStages; }
+  __device__ uint32_t vectors_of(int tile) const { return shared_ + S::kOther + stage_of(tile) * 2 * S::kOtherBytes; }
 
   __device__ void load_value(BackwardToken* to, int token) const {
     const bool valid = token < p_.tokens;
-    copy_async(shared_address(to), values() + (valid ? token : 0), valid);
+    copy_async(shared_address(to), walk()->values + (valid ? token : 0), valid);
   }
 
-  /// Made for each tile: registers are what this kernel is short of.
+  __device__ Walk* walk() const { return reinterpret_cast<Walk*>(dynamic_shared_memory() + kWalk); }
+
+  /// Both vectors of kRows tokens.
   template <int kRows>
-  __device__ TileLoader<T, kDim, kRows> loader(const Vectors& vectors) const {
-    const int problem = anew(problem_);
-    const int batch = problem / p_.heads;
-    const uint8_t* mask = p_.mask == nullptr ? nullptr : p_.mask + static_cast<int64_t>(batch) * p_.tokens;
-    return {vectors, batch, problem % p_.heads, p_.tokens, mask, anew(static_cast<int>(threadIdx.x))};
+  __device__ void load(uint32_t student, uint32_t teacher, int first) const {
+    using Loader = TileLoader<T, kDim, kRows>;
+    const Walk w = *walk();
+    const bool whole = Loader::is_whole(p_.student, first, p_.tokens, w.mask);
+    const unsigned thread = anew(static_cast<int>(threadIdx.x));
+    Loader(p_.student, w.student, p_.tokens, w.mask, thread).load(student, first, whole);
+    Loader(p_.teacher, w.teacher, p_.tokens, w.mask, thread).load(teacher, first, whole);
   }
 
   __device__ void load_columns(int tile) const {
-    loader<kTile>(p_.student).load(stage_of(tile), tile * kTile);
-    loader<kTile>(p_.teacher).load(stage_of(tile) + S::kOtherBytes, tile * kTile);
+    load<kTile>(vectors_of(tile), vectors_of(tile) + S::kOtherBytes, tile * kTile);
     if (threadIdx.x < kTile) {
-      load_value(columns(tile % kStages) + threadIdx.x, tile * kTile + static_cast<int>(threadIdx.x));
+      load_value(columns(tile) + threadIdx.x, tile * kTile + static_cast<int>(threadIdx.x));
     }
     copy_commit();
   }
 
-  __device__ void run_block() {
-    loader<kOwners>(p_.student).load(shared_, first_);
-    loader<kOwners>(p_.teacher).load(shared_ + S::kOwnerTeacher, first_);
-    if (threadIdx.x < kOwners) load_value(owners() + threadIdx.x, first_ + static_cast<int>(threadIdx.x));
-
+  __device__ void run_block(int problem, int first) {
     const int tiles = (p_.tokens + kTile - 1) / kTile;
     const bool triangular = p_.traversal == Traversal::kTriangular;
-    const int begin = triangular && !p_.causal ? first_ / kTile : 0;
-    const int end = triangular && p_.causal ? min((first_ + kOwners) / kTile, tiles) : tiles;
+    const int begin = triangular && !p_.causal ? first / kTile : 0;
+    if (threadIdx.x == 0) {
+      const int batch = problem / p_.heads;
+      const int head = problem % p_.heads;
+      const int64_t before = static_cast<int64_t>(problem) * p_.tokens;
+      *walk() = {head_of<T>(p_.student, batch, head),
+                 head_of<T>(p_.teacher, batch, head),
+                 p_.mask == nullptr ? nullptr : p_.mask + static_cast<int64_t>(batch) * p_.tokens,
+                 p_.gradient + before * p_.student.dim,
+                 p_.token_values + before,
+                 first,
+                 triangular && p_.causal ? min((first + kOwners) / kTile, tiles) : tiles};
+    }
+    __syncthreads();
+    load<kOwners>(shared_, shared_ + S::kOwnerTeacher, first);
+    if (threadIdx.x < kOwners) load_value(owners() + threadIdx.x, first + static_cast<int>(threadIdx.x));
+
     load_columns(begin);
 #pragma unroll 1
-    for (int tile = begin; tile < end; ++tile) {
-      if (tile + 1 < end) {
+    for (int tile = begin; tile < walk()->end; ++tile) {
+      if (tile + 1 < walk()->end) {
         load_columns(tile + 1);
         copy_wait<1>();
       } else {
@@ -107,7 +131,7 @@ class Backward {
   }
 
   /// How many tiles behind the block's first tile on the diagonal.
-  __device__ int tiles_behind(int tile) const { return tile - anew(first_) / kTile; }
+  __device__ int tiles_behind(int tile) const { return tile - walk()->first / kTile; }
   __device__ bool is_on_diagonal(int tile) const {
     return static_cast<unsigned>(tiles_behind(tile)) < static_cast<unsigned>(kOwners / kTile);
   }
@@ -117,11 +141,13 @@ class Backward {
   }
 
   __device__ void visit(int tile) {
-    const uint32_t others = stage_of(tile);
+    const uint32_t others = vectors_of(tile);
     Products student = {};
     Products teacher = {};
-    mma::multiply_tile<T, kDim, kSlabs, 2>(teacher, shared_ + S::kOwnerTeacher, others + S::kOtherBytes, warp_row());
-    mma::multiply_tile<T, kDim, kSlabs, 2>(student, shared_, others, warp_row());
+    // Addresses are cheap to compute, and many: kept from tile to tile they would spill what is needed.
+    const unsigned thread = anew(static_cast<int>(threadIdx.x));
+    Both::template multiply<(kBackwardBlocks<kDim> < 3)>(student, teacher, Both::owner_address(shared_, thread),
+                                                         others + Both::other_offset(thread));
     if (!p_.causal) {
       weigh<Kind::kBoth>(student, teacher, tile);
     } else if (is_on_diagonal(tile)) {
@@ -131,7 +157,7 @@ class Backward {
     } else {
       weigh<Kind::kColumns>(student, teacher, tile);
     }
-    add_rows(student, others, with_columns(tile));
+    add_rows(student, others);
   }
 
   /// Which of a pair's terms exist: causal, a pair is in the row of its later token.
@@ -142,17 +168,20 @@ class Backward {
   __device__ void weigh(Products& student, const Products& teacher, int tile) {
     const ElementFactors factors(p_.factors);
     const PairTerms terms{factors};
-    const BackwardToken* values = columns(tile % kStages);
+    const int thread = anew(static_cast<int>(threadIdx.x));
+    const int first_row = thread / 32 * 16 * kSlabs + thread % 32 / 4;
+    const int first_column = thread % 4 * 2;
+    const BackwardToken* values = columns(tile) + first_column;
+    const BackwardToken* owner = owners() + first_row;
     const bool both_halves = p_.traversal == Traversal::kRows;
     // Column less row of the thread's first element.
-    const int corner = anew(tile) * kTile + mma::column_of(0, 0) - first_ - row_in_block(0, 0);
+    const int corner = anew(tile) * kTile + first_column - walk()->first - first_row;
 #pragma unroll
     for (int n = 0; n < kChunkGroups; ++n) {
-      const BackwardToken pair[2] = {values[mma::column_of(n, 0)], values[mma::column_of(n, 1)]};
+      const BackwardToken pair[2] = {values[n * 8], values[n * 8 + 1]};
 #pragma unroll
       for (int m = 0; m < kSlabs; ++m) {
-        const BackwardToken* owner = owners() + row_in_block(m, 0);
-        const BackwardToken rows[2] = {owner[0], owner[8]};
+        const BackwardToken rows[2] = {owner[m * 16], owner[m * 16 + 8]};
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           const auto parts = terms(factors.difference(student[m][n][c], teacher[m][n][c]), teacher[m][n][c], rows[c / 2], pair[c % 2]);
@@ -181,10 +210,10 @@ class Backward {
   }
 
   /// gradient += H X of the columns; stores H for add_columns.
-  __device__ void add_rows(const Products& h, uint32_t others, bool with_columns) {
-    const int thread = anew(static_cast<int>(threadIdx.x));
-    const int lane = thread % 32;
-    const int first_row = thread / 32 * 16 * kSlabs + lane / 4;
+  __device__ void add_rows(const Products& h, uint32_t others) {
+    const unsigned thread = anew(static_cast<int>(threadIdx.x));
+    const unsigned lane = thread % 32;
+    const uint32_t place = place_in_h(thread / 32 * 16 * kSlabs + lane / 4, 0) + lane % 4 * 4;
     const uint32_t address = others + Rows::offset(lane % 16, lane / 16);
 #pragma unroll
     for (int k = 0; k < kTile / 16; ++k) {
@@ -195,9 +224,8 @@ class Backward {
         for (int e = 0; e < 4; ++e) {
           const int n = 2 * k + e / 2;
           a[m][e] = pack<T>(h[m][n][2 * (e % 2)], h[m][n][2 * (e % 2) + 1]);
-          if (with_columns) {
-            store_shared(place_in_h(first_row + m * 16 + e % 2 * 8, n) + lane % 4 * 4, a[m][e]);
-          }
+          // The same place in rows 8 apart.
+          store_shared((place ^ n << 4) + (m * 16 + e % 2 * 8) * kTile * 2, a[m][e]);
         }
       }
 #pragma unroll
@@ -214,50 +242,99 @@ class Backward {
   }
 
   __device__ float* gradient_of(int token) const {
-    return p_.gradient + (static_cast<int64_t>(anew(problem_)) * p_.tokens + token) * p_.student.dim;
+    return walk()->gradient + static_cast<int64_t>(token) * p_.student.dim;
+  }
+
+  /// Operands of 16 owners' share of H^T X: 32 columns of H, and a warp's part of the dimension.
+  struct ColumnOperands {
+    uint32_t h[2][4];
+    uint32_t x[kDimPairsOfWarp][4];
+  };
+  /// Whether the warp has an i-th pair of fragments of the dimension.
+  __device__ static bool has_pair(unsigned warp, int i) {
+    return kDimPairs % mma::kWarps == 0 || static_cast<int>(warp) + i * mma::kWarps < kDimPairs;
   }
 
   /// H^T X of the owners, a part of the dimension for each warp.
   __device__ void add_columns(int tile) const {
-    const int thread = anew(static_cast<int>(threadIdx.x));
-    const int lane = thread % 32;
-    float sums[2][kDimPairsOfWarp][2][4] = {};
-    const uint32_t x = shared_ + Rows::offset(lane % 16, lane / 16);
-#pragma unroll 1
-    for (int row = 0; row < kOwners; row += 16) {
-      uint32_t a[2][4];
+    constexpr int kSteps = kOwners / 16;
+    const unsigned thread = anew(static_cast<int>(threadIdx.x));
+    const unsigned lane = thread % 32;
+    const unsigned warp = thread / 32;
+    // Matrices of 8 rows of H x 8 columns become 8 columns x 8 rows: (rows, columns) low/low, low/high, high/low.
+    const unsigned row = lane / 16 * 8 + lane % 8;
+    const uint32_t h[2] = {place_in_h(row, lane / 8 % 2), place_in_h(row, 2 + lane / 8 % 2)};
+    const uint32_t x = Rows::advance(shared_ + Rows::offset(lane % 16, lane / 16), warp);
+    const auto load = [&](ColumnOperands& to, int step) {
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
-        // Matrices of 8 rows of H x 8 columns become 8 columns x 8 rows: (rows, columns) low/low, low/high, high/low.
-        load_matrices_transposed(a[m], place_in_h(row + lane / 16 * 8 + lane % 8, 2 * m + lane / 8 % 2));
+        load_matrices_transposed(to.h[m], h[m] + step * 16 * kTile * 2);
       }
 #pragma unroll
       for (int i = 0; i < kDimPairsOfWarp; ++i) {
-        const int pair = thread / 32 + i * mma::kWarps;
-        if (pair >= kDimPairs) break;
-        uint32_t b[4];
-        load_matrices_transposed(b, Rows::advance(x, pair) + row * Rows::kRowBytes);
+        if (!has_pair(warp, i)) break;
+        load_matrices_transposed(to.x[i], Rows::advance(x, i * mma::kWarps) + step * 16 * Rows::kRowBytes);
+      }
+    };
+    float sums[2][kDimPairsOfWarp][2][4] = {};
+    ColumnOperands operands[2];
+    load(operands[0], 0);
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          multiply_add<T>(sums[m][i][0], a[m], b[0], b[1]);
-          multiply_add<T>(sums[m][i][1], a[m], b[2], b[3]);
+    for (int step = 0; step < kSteps; ++step) {
+      if (step + 1 < kSteps) load(operands[(step + 1) % 2], step + 1);
+      const ColumnOperands& now = operands[step % 2];
+#pragma unroll
+      for (int i = 0; i < kDimPairsOfWarp; ++i) {
+        if (!has_pair(warp, i)) break;
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            multiply_add<T>(sums[m][i][n], now.h[m], now.x[i][2 * n], now.x[i][2 * n + 1]);
+          }
         }
       }
+    }
+    give_columns(tile, sums, lane, warp);
+  }
+
+  __device__ void give_columns(int tile,
+                               const float (&sums)[2][kDimPairsOfWarp][2][4],
+                               unsigned lane,
+                               unsigned warp) const {
+    const int first = tile * kTile + static_cast<int>(lane / 4);
+    const int first_dim = static_cast<int>(warp * 16 + lane % 4 * 2);
+    const auto give = [&](float* to, int m, int half, int i, int n) {
+      reduce_add_two(to + i * mma::kWarps * 16 + n * 8, sums[m][i][n][2 * half], sums[m][i][n][2 * half + 1]);
+    };
+    if (tile * kTile + kTile <= p_.tokens && p_.student.dim == kDim) [[likely]] {
+      float* to = walk()->gradient + static_cast<int64_t>(first) * kDim + first_dim;
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int i = 0; i < kDimPairsOfWarp; ++i) {
+            if (!has_pair(warp, i)) break;
+            give(to + (m * 16 + half * 8) * kDim, m, half, i, 0);
+            give(to + (m * 16 + half * 8) * kDim, m, half, i, 1);
+          }
+        }
+      }
+      return;
     }
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int token = tile * kTile + m * 16 + half * 8 + lane / 4;
+        const int token = first + m * 16 + half * 8;
         if (token >= p_.tokens) continue;
-        float* to = gradient_of(token) + thread / 32 * 16 + lane % 4 * 2;
+        float* to = gradient_of(token) + first_dim;
 #pragma unroll
         for (int i = 0; i < kDimPairsOfWarp; ++i) {
 #pragma unroll
           for (int n = 0; n < 2; ++n) {
-            const int d = thread / 32 * 16 + lane % 4 * 2 + i * mma::kWarps * 16 + n * 8;
-            if (d >= p_.student.dim) continue;
-            reduce_add_two(to + i * mma::kWarps * 16 + n * 8, sums[m][i][n][2 * half], sums[m][i][n][2 * half + 1]);
+            if (first_dim + i * mma::kWarps * 16 + n * 8 < p_.student.dim) give(to, m, half, i, n);
           }
         }
       }
@@ -269,7 +346,7 @@ class Backward {
     for (int m = 0; m < kSlabs; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int token = first_ + row_in_block(m, half);
+        const int token = walk()->first + row_in_block(m, half);
         if (token >= p_.tokens) continue;
 #pragma unroll
         for (int n = 0; n < kDim / 8; ++n) {
@@ -283,7 +360,7 @@ class Backward {
 };
 
 template <typename T, int kDim, int kSlabs>
-__global__ void __launch_bounds__(mma::kThreads, 2)
+__global__ void __launch_bounds__(mma::kThreads, kBackwardBlocks<kDim>)
     backward_kernel(const __grid_constant__ TriangularBackwardParams params) {
   Backward<T, kDim, kSlabs>::run(params, dynamic_shared_memory());
 }

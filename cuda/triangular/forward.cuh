@@ -2,6 +2,8 @@
 
 #include "elements.cuh"
 #include "loader.cuh"
+#include "order.cuh"
+#include "products.cuh"
 
 namespace linearard::cuda::triangular {
 
@@ -10,23 +12,24 @@ namespace linearard::cuda::triangular {
 template <typename T, int kDim, int kSlabs>
 class Forward {
   using S = mma::Shape<kDim, kSlabs>;
-  using Products = float[kSlabs][kChunkGroups][4];
+  using Both = TileProducts<T, kDim, kSlabs>;
+  using Products = typename Both::Products;
   static constexpr int kTile = mma::kOthers;
   static constexpr int kStages = mma::kStages;
   static_assert(kTile == kChunkColumns);
 
  public:
   static constexpr int kOwners = S::kOwners;
-  // After the vectors: the values of a tile's columns for each stage, and each warp's sums of the columns.
+  // After the vectors: the values of a tile's columns for each stage, and each warp's sums of the columns, for two
+  // tiles.
   static constexpr int kPartial = S::kColumns + kStages * kTile * static_cast<int>(sizeof(ForwardToken));
-  static constexpr int kSharedBytes = kPartial + mma::kWarps * kSums * kTile * static_cast<int>(sizeof(float));
+  static constexpr int kSharedBytes = kPartial + 2 * mma::kWarps * kSums * kTile * static_cast<int>(sizeof(float));
 
   __device__ static void run(const TriangularForwardParams& p, char* shared) {
     const int blocks = (p.tokens + kOwners - 1) / kOwners;
-    const int problem = static_cast<int>(blockIdx.x) / blocks;
+    const auto [problem, index] = BlockOrder::of_block(static_cast<int>(blockIdx.x), blocks, p.batch * p.heads);
     if (p.wide_heads[problem] != 0) return;
-    // The first block of rows sees most tiles, or, causal, the last one: the long blocks start first.
-    const int index = static_cast<int>(blockIdx.x) % blocks;
+    // The first block of rows sees most tiles, or, causal, the last one.
     Forward(p, shared, problem, (p.causal ? blocks - 1 - index : index) * kOwners).run_block();
   }
 
@@ -37,8 +40,11 @@ class Forward {
   const int problem_;
   const int first_;
   const ElementFactors factors_;
-  const TileLoader<T, kDim, kTile> student_;
-  const TileLoader<T, kDim, kTile> teacher_;
+  const T* const student_;  ///< the head's vectors
+  const T* const teacher_;
+  const uint8_t* const mask_;
+  const uint32_t owner_;  ///< of the thread's loads of matrices
+  const uint32_t other_;
   ForwardToken rows_[kSlabs][2];
   Sums sums_[kSlabs][2];
 
@@ -49,42 +55,46 @@ class Forward {
         problem_(problem),
         first_(first),
         factors_(p.factors),
-        student_(loader<kTile>(p.student)),
-        teacher_(loader<kTile>(p.teacher)) {}
+        student_(head_of<T>(p.student, problem / p.heads, problem % p.heads)),
+        teacher_(head_of<T>(p.teacher, problem / p.heads, problem % p.heads)),
+        mask_(p.mask == nullptr ? nullptr : p.mask + static_cast<int64_t>(problem / p.heads) * p.tokens),
+        owner_(Both::owner_address(shared_, threadIdx.x)),
+        other_(shared_ + S::kOther + Both::other_offset(threadIdx.x)) {}
 
+  /// Both vectors of kRows tokens.
   template <int kRows>
-  __device__ TileLoader<T, kDim, kRows> loader(const Vectors& vectors) const {
-    const int batch = problem_ / p_.heads;
-    const uint8_t* mask = p_.mask == nullptr ? nullptr : p_.mask + static_cast<int64_t>(batch) * p_.tokens;
-    return {vectors, batch, problem_ % p_.heads, p_.tokens, mask, static_cast<int>(threadIdx.x)};
+  __device__ void load(uint32_t student, uint32_t teacher, int first) const {
+    using Loader = TileLoader<T, kDim, kRows>;
+    const bool whole = Loader::is_whole(p_.student, first, p_.tokens, mask_);
+    Loader(p_.student, student_, p_.tokens, mask_, threadIdx.x).load(student, first, whole);
+    Loader(p_.teacher, teacher_, p_.tokens, mask_, threadIdx.x).load(teacher, first, whole);
   }
   __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
   __device__ static int warp_row() { return warp() * 16 * kSlabs; }
   __device__ int row_of(int m, int half) const { return first_ + warp_row() + m * 16 + mma::row_in_slab(half); }
   __device__ const ForwardToken* values() const { return p_.token_values + static_cast<int64_t>(problem_) * p_.tokens; }
-  __device__ ForwardToken* columns(int stage) const {
-    return reinterpret_cast<ForwardToken*>(memory_ + S::kColumns) + stage * kTile;
+  __device__ static unsigned stage_of(int tile) { return static_cast<unsigned>(tile) % kStages; }
+  __device__ ForwardToken* columns(int tile) const {
+    return reinterpret_cast<ForwardToken*>(memory_ + S::kColumns) + stage_of(tile) * kTile;
   }
-  __device__ float* partial(int warp) const {
-    return reinterpret_cast<float*>(memory_ + kPartial) + warp * kSums * kTile;
+  __device__ float* partial(int tile, int warp) const {
+    return reinterpret_cast<float*>(memory_ + kPartial) +
+           (static_cast<unsigned>(tile) % 2 * mma::kWarps + warp) * kSums * kTile;
   }
 
   __device__ void load_columns(int tile) const {
-    const int stage = tile % kStages;
-    const uint32_t base = shared_ + S::kOther + stage * 2 * S::kOtherBytes;
-    student_.load(base, tile * kTile);
-    teacher_.load(base + S::kOtherBytes, tile * kTile);
+    const uint32_t to = shared_ + S::kOther + stage_of(tile) * 2 * S::kOtherBytes;
+    load<kTile>(to, to + S::kOtherBytes, tile * kTile);
     if (threadIdx.x < kTile) {
       const int token = tile * kTile + static_cast<int>(threadIdx.x);
       const bool valid = token < p_.tokens;
-      copy_async_8(shared_address(columns(stage) + threadIdx.x), values() + (valid ? token : 0), valid);
+      copy_async_8(shared_address(columns(tile) + threadIdx.x), values() + (valid ? token : 0), valid);
     }
     copy_commit();
   }
 
   __device__ void run_block() {
-    loader<kOwners>(p_.student).load(shared_, first_);
-    loader<kOwners>(p_.teacher).load(shared_ + S::kOwnerTeacher, first_);
+    load<kOwners>(shared_, shared_ + S::kOwnerTeacher, first_);
 #pragma unroll
     for (int m = 0; m < kSlabs; ++m) {
 #pragma unroll
@@ -100,31 +110,30 @@ class Forward {
     const int begin = triangular ? diagonal : 0;
     const int end = p_.causal ? below : tiles;
     load_columns(begin);
+    // One barrier a tile. Behind it the tile is there, the stage of the tile before is free, and the sums of that
+    // tile's columns are complete.
+    bool columns_left = false;
+#pragma unroll 1
     for (int tile = begin; tile < end; ++tile) {
-      if (tile + 1 < end) {
-        load_columns(tile + 1);
-        copy_wait<1>();
-      } else {
-        copy_wait<0>();
-      }
+      copy_wait<0>();
       __syncthreads();
+      if (tile + 1 < end) load_columns(tile + 1);
+      if (columns_left) write_columns(tile - 1);
       const bool on_diagonal = tile >= diagonal && tile < below;
-      const bool with_columns = triangular && !on_diagonal;
-      visit(tile, on_diagonal, with_columns);
-      __syncthreads();
-      if (with_columns) write_columns(tile);
+      columns_left = triangular && !on_diagonal;
+      visit(tile, on_diagonal, columns_left);
     }
+    __syncthreads();
+    if (columns_left) write_columns(end - 1);
     write_rows();
   }
 
   __device__ void visit(int tile, bool on_diagonal, bool with_columns) {
-    const uint32_t others = shared_ + S::kOther + (tile % kStages) * 2 * S::kOtherBytes;
     Products student = {};
     Products teacher = {};
-    mma::multiply_tile<T, kDim, kSlabs>(teacher, shared_ + S::kOwnerTeacher, others + S::kOtherBytes, warp_row());
-    mma::multiply_tile<T, kDim, kSlabs>(student, shared_, others, warp_row());
+    Both::multiply(student, teacher, owner_, other_ + stage_of(tile) * 2 * S::kOtherBytes);
 
-    const auto column = [values = columns(tile % kStages)](int n) {
+    const auto column = [values = columns(tile)](int n) {
       return *reinterpret_cast<const ColumnPair*>(values + mma::column_of(n, 0));
     };
     uint8_t seen[kSlabs][kChunkGroups];
@@ -137,7 +146,7 @@ class Forward {
     } else {
       add_chunk<true, false>(student, teacher, rows_, column, seen, factors_, sums_, of_columns);
       const Sums sums = reduce_columns(of_columns);
-      float* to = partial(warp()) + reduced_column();
+      float* to = partial(tile, warp()) + reduced_column();
       to[0] = sums.mass;
       to[kTile] = sums.moment;
       to[2 * kTile] = sums.phi;
@@ -171,7 +180,7 @@ class Forward {
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < mma::kWarps; ++w)
-      sum += partial(w)[thread];
+      sum += partial(tile, w)[thread];
     const int token = tile * kTile + thread % kTile;
     if (token < p_.tokens) reduce_add(sums_of(thread / kTile) + token, sum);
   }
@@ -195,7 +204,7 @@ class Forward {
 };
 
 template <typename T, int kDim, int kSlabs>
-__global__ void __launch_bounds__(mma::kThreads, 2)
+__global__ void __launch_bounds__(mma::kThreads, kForwardBlocks<kDim>)
     forward_kernel(const __grid_constant__ TriangularForwardParams params) {
   Forward<T, kDim, kSlabs>::run(params, dynamic_shared_memory());
 }

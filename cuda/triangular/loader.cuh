@@ -10,41 +10,39 @@ namespace linearard::cuda::triangular {
 template <typename T, int kDim, int kRows>
 class TileLoader {
   using Rows = mma::Layout<kDim>;
-  static constexpr int kStep = mma::kThreads / Rows::kChunks;  ///< tokens between a thread's pieces
-  static constexpr int kPieces = (kRows + kStep - 1) / kStep;
+  static constexpr unsigned kStep = mma::kThreads / Rows::kChunks;  ///< tokens between a thread's pieces
+  static constexpr unsigned kPieces = (kRows + kStep - 1) / kStep;
   static constexpr bool kSameSwizzle = !Rows::kSwizzled || kStep % 8 == 0;
 
  public:
-  __device__ TileLoader(const Vectors& vectors, int batch, int head, int count, const uint8_t* mask, int thread)
+  __device__ TileLoader(const Vectors& vectors, const T* head, int count, const uint8_t* mask, unsigned thread)
       : vectors_(vectors),
-        head_(head_of<T>(vectors, batch, head)),
+        head_(head),
         mask_(mask),
         count_(count),
         row_(thread / Rows::kChunks),
         chunk_(thread % Rows::kChunks) {}
 
-  __device__ void load(uint32_t shared, int first) const {
-    if (row_ >= kStep) return;  // threads left over where the chunks do not divide them
-    const T* source = head_ + (first + row_) * vectors_.token_stride + chunk_ * 8;
+  /// Whether a tile is there from the first to the last element.
+  __device__ static bool is_whole(const Vectors& vectors, int first, int count, const uint8_t* mask) {
+    return mask == nullptr && first + kRows <= count && vectors.dim == kDim;
+  }
+
+  /// @param whole what is_whole said
+  __device__ void load(uint32_t shared, int first, bool whole) const {
+    if (mma::kThreads % Rows::kChunks != 0 && row_ >= kStep) return;  // threads left over
+    const T* source = head_ + (first + static_cast<int>(row_)) * vectors_.token_stride + chunk_ * 8;
     const uint32_t to = shared + Rows::offset(row_, chunk_);
-    if (mask_ == nullptr && first + kRows <= count_ && vectors_.dim == kDim) {
+    if (whole) [[likely]] {
+      const int64_t step = kStep * vectors_.token_stride;
 #pragma unroll 4
-      for (int piece = 0; piece < kPieces; ++piece) {
+      for (unsigned piece = 0; piece < kPieces; ++piece) {
         if (kRows % kStep != 0 && row_ + piece * kStep >= kRows) break;
         copy_async(place(shared, to, piece), source);
-        source += kStep * vectors_.token_stride;
+        source += step;
       }
-      return;
-    }
-    const bool inside = chunk_ * 8 < vectors_.dim;
-#pragma unroll 4
-    for (int piece = 0; piece < kPieces; ++piece) {
-      const int row = row_ + piece * kStep;
-      if (kRows % kStep != 0 && row >= kRows) break;
-      const int token = first + row;
-      const bool valid = inside && token < count_ && (mask_ == nullptr || mask_[token] != 0);
-      copy_async(place(shared, to, piece), valid ? source : head_, valid);
-      source += kStep * vectors_.token_stride;
+    } else {
+      load_partial(shared, first, source, to);
     }
   }
 
@@ -53,11 +51,24 @@ class TileLoader {
   const T* head_;
   const uint8_t* mask_;
   int count_;
-  int row_;
-  int chunk_;
+  unsigned row_;
+  unsigned chunk_;
+
+  __device__ void load_partial(uint32_t shared, int first, const T* source, uint32_t to) const {
+    const bool inside = static_cast<int>(chunk_) * 8 < vectors_.dim;
+#pragma unroll 1
+    for (unsigned piece = 0; piece < kPieces; ++piece) {
+      const unsigned row = row_ + piece * kStep;
+      if (kRows % kStep != 0 && row >= kRows) break;
+      const int token = first + static_cast<int>(row);
+      const bool valid = inside && token < count_ && (mask_ == nullptr || mask_[token] != 0);
+      copy_async(place(shared, to, piece), valid ? source : head_, valid);
+      source += kStep * vectors_.token_stride;
+    }
+  }
 
   /// @param to place of the first piece
-  __device__ uint32_t place(uint32_t shared, uint32_t to, int piece) const {
+  __device__ uint32_t place(uint32_t shared, uint32_t to, unsigned piece) const {
     return kSameSwizzle ? to + piece * kStep * Rows::kRowBytes : shared + Rows::offset(row_ + piece * kStep, chunk_);
   }
 };
