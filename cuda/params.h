@@ -103,7 +103,7 @@ struct BackwardParams {
   const void* center;       ///< likewise; null for the forward KL
   bool wide_grad;
   bool wide_statistics;
-  const float* largest_grad;  ///< max |grad_kl|, for half only: keeps H inside its range
+  const float* largest_grad;  ///< max |grad_kl|, of any sign, for half only: keeps H inside its range
   void* gradient;             ///< [B, heads, owners, dim] contiguous, of the student's type
   const int* only_heads;      ///< [B heads] 0: not this one; null: all
   RedoMarks redo;
