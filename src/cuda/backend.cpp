@@ -388,6 +388,22 @@ struct CudaBackend {
   }
 };
 
+at::Tensor mean_of_rows(const at::Tensor& kl) {
+  const c10::DeviceGuard guard(kl.device());
+  const bool wide = kl.scalar_type() == at::kDouble;
+  TORCH_CHECK(wide || kl.scalar_type() == at::kFloat, "mean_of_rows: kl must be float32 or float64, got ",
+              kl.scalar_type());
+  TORCH_CHECK(kl.numel() > 0, "mean_of_rows: kl must not be empty");
+  const at::Tensor values = kl.contiguous();
+  const at::Tensor partial = at::empty({kMeanPartials}, kl.options().dtype(at::kDouble));
+  at::Tensor result = at::empty({}, kl.options());
+  check_launch(mean({values.const_data_ptr(), wide ? Scalar::kDouble : Scalar::kFloat, values.numel(),
+                     partial.mutable_data_ptr<double>(), result.mutable_data_ptr()},
+                    current_stream(kl.device())),
+               "mean of rows", kl.device());
+  return result;
+}
+
 }  // namespace
 
 ExecutionPlan relation_plan(const RelationArguments& arguments) {
@@ -432,4 +448,7 @@ ExecutionPlan relation_plan(const RelationArguments& arguments) {
 
 }  // namespace linearard::cuda
 
-TORCH_LIBRARY_IMPL(linearard, CUDA, m) { linearard::Kernels<linearard::cuda::CudaBackend>::register_in(m); }
+TORCH_LIBRARY_IMPL(linearard, CUDA, m) {
+  linearard::Kernels<linearard::cuda::CudaBackend>::register_in(m);
+  m.impl("mean_of_rows", &linearard::cuda::mean_of_rows);
+}

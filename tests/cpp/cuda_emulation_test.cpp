@@ -1,3 +1,4 @@
+#include <cmath>
 #include <tuple>
 
 #include <ATen/ATen.h>
@@ -134,6 +135,32 @@ TEST(EmulatedAttention, GroupedHeadsAgreeWithFloat64) {
     EXPECT_LE(relative_error(run_backward(testing::key_gradient_params(problem, weights, result), key, weights),
                              exact_key.grad()),
               gradient_promise(at::kBFloat16));
+  }
+}
+
+/// The mean by one block, and by several.
+TEST(EmulatedMean, AgreesWithFloat64) {
+  for (const at::ScalarType type : {at::kFloat, at::kDouble}) {
+    for (const int64_t count : {1, 700, 32768, 32769, 4300000}) {
+      const at::Tensor values = (at::arange(count, at::kDouble).sin() + 1.5).to(type);
+      const at::Tensor partial = at::full({cuda::kMeanPartials}, NAN, at::kDouble);
+      const at::Tensor result = at::full({}, NAN, type);
+      const auto launch_mean = [&] {
+        const auto scalar = type == at::kFloat ? cuda::Scalar::kFloat : cuda::Scalar::kDouble;
+        return cuda::mean({values.const_data_ptr(), scalar, count, partial.mutable_data_ptr<double>(),
+                           result.mutable_data_ptr()},
+                          nullptr);
+      };
+      EXPECT_EQ(launch_mean(), cudaSuccess);
+      const double exact = values.mean(at::kDouble).item<double>();
+      EXPECT_NEAR(result.item<double>(), exact, (type == at::kFloat ? 1e-7 : 1e-14) * exact);
+      values.fill_(type == at::kFloat ? 3.4e38 : 1.7e308);
+      EXPECT_EQ(launch_mean(), cudaSuccess);
+      EXPECT_TRUE(std::isfinite(result.item<double>()));
+      values[count / 2] = NAN;
+      EXPECT_EQ(launch_mean(), cudaSuccess);
+      EXPECT_TRUE(std::isnan(result.item<double>()));
+    }
   }
 }
 
