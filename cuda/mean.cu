@@ -42,8 +42,7 @@ __global__ void __launch_bounds__(kThreads)
   } else if (p.type == Scalar::kDouble) {
     *static_cast<double*>(p.mean) = cut(sum / static_cast<double>(p.count), 1.7976931348623157e308);
   } else {
-    *static_cast<float*>(p.mean) =
-        static_cast<float>(cut(sum / static_cast<double>(p.count), 3.4028234663852886e38));
+    *static_cast<float*>(p.mean) = static_cast<float>(cut(sum / static_cast<double>(p.count), 3.4028234663852886e38));
   }
 }
 
@@ -51,8 +50,8 @@ template <typename Real>
 cudaError_t launch_mean(const MeanParams& p, cudaStream_t stream) {
   const auto* values = static_cast<const Real*>(p.values);
   if (p.count <= kAlone) return launch_kernel(sum_kernel<Real>, dim3(1), kThreads, 0, stream, p, values, p.count);
-  const int blocks = static_cast<int>(
-      std::min<int64_t>(kMeanPartials, (p.count + kThreads * kAtOnce - 1) / (kThreads * kAtOnce)));
+  const int blocks =
+      static_cast<int>(std::min<int64_t>(kMeanPartials, (p.count + kThreads * kAtOnce - 1) / (kThreads * kAtOnce)));
   const cudaError_t error =
       launch_kernel(sum_kernel<Real>, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream, p, values, p.count);
   if (error != cudaSuccess) return error;

@@ -34,8 +34,8 @@ cudaError_t launch_backward(const BackwardParams& params, Blocks blocks, cudaStr
   const int slices = (params.owner_student.dim + kSlice - 1) / kSlice;
   constexpr int kSharedBytes = sizeof(BackwardShared<Real>);
   const dim3 grid(grid_blocks(count, blocks), static_cast<unsigned>(slices));
-  return launch_kernel(backward_kernel<Real>, grid, kThreads, kSharedBytes, stream, params,
-                       static_cast<int>(count), blocks == Blocks::kMarked);
+  return launch_kernel(backward_kernel<Real>, grid, kThreads, kSharedBytes, stream, params, static_cast<int>(count),
+                       blocks == Blocks::kMarked);
 }
 
 template cudaError_t launch_forward<float>(const ForwardParams&, Blocks, cudaStream_t);

@@ -91,8 +91,8 @@ __device__ double sum_of_token(double x) {
 
 __device__ int blocks_of_head(int tokens) { return (tokens + kRedoRows - 1) / kRedoRows; }
 
-/// Logits of kRedoRows tokens of a head with themselves, and the largest of them. A vector is made of whole chunks; with
-/// kAtOnce > 1 of a multiple of kLanes kAtOnce.
+/// Logits of kRedoRows tokens of a head with themselves, and the largest of them. A vector is made of whole chunks;
+/// with kAtOnce > 1 of a multiple of kLanes kAtOnce.
 template <typename T, int kAtOnce>
 __global__ void __launch_bounds__(kThreads) own_logits_kernel(const __grid_constant__ PrepareForwardParams p) {
   __shared__ int scratch[kWarpsOfBlock];
@@ -178,9 +178,9 @@ __global__ void __launch_bounds__(kThreads) forward_tokens_kernel(const __grid_c
 /// left.
 constexpr float kLargestShift = 40.f;
 
-constexpr int kLargestParts = 8;    ///< blocks that share a head; each looks for the extremes of all of it
-constexpr int kPartTokens = 1024;   ///< of a block, where there are fewer than that many
-constexpr int kZeroedChunks = 16;   ///< of 16 bytes, by a thread of the blocks that only zero
+constexpr int kLargestParts = 8;   ///< blocks that share a head; each looks for the extremes of all of it
+constexpr int kPartTokens = 1024;  ///< of a block, where there are fewer than that many
+constexpr int kZeroedChunks = 16;  ///< of 16 bytes, by a thread of the blocks that only zero
 
 __host__ __device__ int parts_of_head(int tokens) {
   const int parts = (tokens + kPartTokens - 1) / kPartTokens;

@@ -92,7 +92,7 @@ int64_t forward_floats(int64_t problems, int64_t tokens) {
          mark_count(problems, tokens);
 }
 int64_t backward_floats(int64_t problems, int64_t tokens, int64_t dim) {
-  return problems * ((dim + kFloats<BackwardToken>) * tokens + 1);
+  return problems * ((dim + kFloats<BackwardToken>)*tokens + 1);
 }
 
 }  // namespace
@@ -125,11 +125,10 @@ std::optional<ListedRows> triangular_forward(const Problem& problem, const RowTe
 
   constexpr const char* kAction = "forward";
   const cudaStream_t stream = current_stream(device);
-  check_launch(triangular::prepare_forward(
-                   {params.student, params.teacher, params.batch, params.heads, params.tokens, params.mask,
-                    problem.scale_student, problem.scale_teacher, largest, token_values, own, centers, wide_heads, sums,
-                    counts, redo},
-                   stream),
+  check_launch(triangular::prepare_forward({params.student, params.teacher, params.batch, params.heads, params.tokens,
+                                            params.mask, problem.scale_student, problem.scale_teacher, largest,
+                                            token_values, own, centers, wide_heads, sums, counts, redo},
+                                           stream),
                kAction, device);
   params.token_values = token_values;
   params.wide_heads = wide_heads;
@@ -163,12 +162,11 @@ std::optional<LeftHeads> triangular_backward(const Problem& problem, const Trian
   constexpr const char* kAction = "backward";
   const cudaStream_t stream = current_stream(device);
   check_launch(
-      triangular::prepare_backward(
-          {params.batch, params.heads, problem.memory.visibility, to.grad_kl.const_data_ptr<float>(),
-           is_expanded_scalar(to.grad_kl), to.lse_student.const_data_ptr<float>(),
-           to.lse_teacher.const_data_ptr<float>(), to.largest_grad, token_values, wide_heads, to.row_grads, sums,
-           elements, to.redo},
-          stream),
+      triangular::prepare_backward({params.batch, params.heads, problem.memory.visibility,
+                                    to.grad_kl.const_data_ptr<float>(), is_expanded_scalar(to.grad_kl),
+                                    to.lse_student.const_data_ptr<float>(), to.lse_teacher.const_data_ptr<float>(),
+                                    to.largest_grad, token_values, wide_heads, to.row_grads, sums, elements, to.redo},
+                                   stream),
       kAction, device);
   params.token_values = token_values;
   params.wide_heads = wide_heads;

@@ -11,7 +11,8 @@
 #include "kernel_parameters.h"
 #include "reference.h"
 
-// The tensor-core kernels of cuda/mma, and the walk of those of cuda/generic over marked blocks, run on the CPU by tests/emulation, against float64.
+// The tensor-core kernels of cuda/mma, and the walk of those of cuda/generic over marked blocks, run on the CPU by
+// tests/emulation, against float64.
 
 namespace linearard {
 namespace {
@@ -147,9 +148,9 @@ TEST(EmulatedMean, AgreesWithFloat64) {
       const at::Tensor result = at::full({}, NAN, type);
       const auto launch_mean = [&] {
         const auto scalar = type == at::kFloat ? cuda::Scalar::kFloat : cuda::Scalar::kDouble;
-        return cuda::mean({values.const_data_ptr(), scalar, count, partial.mutable_data_ptr<double>(),
-                           result.mutable_data_ptr()},
-                          nullptr);
+        return cuda::mean(
+            {values.const_data_ptr(), scalar, count, partial.mutable_data_ptr<double>(), result.mutable_data_ptr()},
+            nullptr);
       };
       EXPECT_EQ(launch_mean(), cudaSuccess);
       const double exact = values.mean(at::kDouble).item<double>();
@@ -164,7 +165,8 @@ TEST(EmulatedMean, AgreesWithFloat64) {
   }
 }
 
-/// The kernels that compute marked blocks again have fewer blocks than there may be marks: each is computed, and no other.
+/// The kernels that compute marked blocks again have fewer blocks than there may be marks: each is computed, and no
+/// other.
 TEST(EmulatedMarks, MarkedBlocksAreComputedAgain) {
   constexpr int64_t kHeads = 70;
   constexpr int64_t kRows = 70;

@@ -363,10 +363,10 @@ TEST(EmulatedTriangularRows, StepsTakeManyTokens) {
   gradient[0][8 * 8191 + 3] = INFINITY;
   wide.zero_();
   const at::Tensor result = at::full({2, 8 * kTokens}, NAN, at::kBFloat16);
-  ASSERT_EQ(cuda::triangular::finish_backward({cuda::Scalar::kBFloat16, 1, 2, kTokens, 8, 0.5, nullptr,
-                                               wide.const_data_ptr<int>(), gradient.const_data_ptr<float>(),
-                                               result.mutable_data_ptr(), marks.mutable_data_ptr<int>()},
-                                              nullptr),
+  ASSERT_EQ(cuda::triangular::finish_backward(
+                {cuda::Scalar::kBFloat16, 1, 2, kTokens, 8, 0.5, nullptr, wide.const_data_ptr<int>(),
+                 gradient.const_data_ptr<float>(), result.mutable_data_ptr(), marks.mutable_data_ptr<int>()},
+                nullptr),
             cudaSuccess);
   const at::Tensor expected = (exact * 0.5).to(at::kBFloat16);
   expected[0][8 * 8191 + 3] = 3.3895313892515355e38;
