@@ -23,6 +23,8 @@ enum class Blocks { kAll, kMarked, kAllIfAnyIsMarked };
 cudaError_t forward_in_double(const ForwardParams& params, Blocks blocks, cudaStream_t stream);
 cudaError_t backward_in_double(const BackwardParams& params, Blocks blocks, cudaStream_t stream);
 
+cudaError_t mean(const MeanParams& params, cudaStream_t stream);
+
 /// Tiles of a call, for the plan.
 struct TileShape {
   int rows;

@@ -103,7 +103,7 @@ struct BackwardParams {
   const void* center;       ///< likewise; null for the forward KL
   bool wide_grad;
   bool wide_statistics;
-  const float* largest_grad;  ///< max |grad_kl|, for half only: keeps H inside its range
+  const float* largest_grad;  ///< max |grad_kl|, of any sign, for half only: keeps H inside its range
   void* gradient;             ///< [B, heads, owners, dim] contiguous, of the student's type
   const int* only_heads;      ///< [B heads] 0: not this one; null: all
   RedoMarks redo;
@@ -122,6 +122,16 @@ struct RangeParams {
   const int* key_prefix;    ///< [B, keys + 1] number of real keys before a position; null: all real
   Range* row_ranges;        ///< [B, rows]
   Range* key_ranges;        ///< [B, keys]
+};
+
+/// The mean of all numbers, summed in double in an order that does not change.
+inline constexpr int kMeanPartials = 256;
+struct MeanParams {
+  const void* values;
+  Scalar type;  ///< kFloat or kDouble, of the mean as well
+  int64_t count;
+  double* partial;  ///< [kMeanPartials]
+  void* mean;       ///< cut to the largest finite value
 };
 
 }  // namespace linearard::cuda

@@ -85,6 +85,23 @@ class RelationKL : public Function<RelationKL> {
   }
 };
 
+/// The gradient of a mean is one number, which each row refers to: no tensor of rows is made of it.
+class MeanOfRows : public Function<MeanOfRows> {
+ public:
+  static variable_list forward(AutogradContext* context, const Variable& kl) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    context->saved_data["sizes"] = kl.sym_sizes();
+    context->saved_data["count"] = kl.sym_numel();
+    return {call_mean_of_rows(kl)};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const auto& data = context->saved_data;
+    const at::Tensor one = gradients[0].div(at::Scalar(data.at("count").toSymInt()));
+    return {one.expand_symint(data.at("sizes").toSymIntVector())};
+  }
+};
+
 class AttentionKL : public Function<AttentionKL> {
  public:
   static variable_list forward(AutogradContext* context,
@@ -171,6 +188,8 @@ at::Tensor relation_lse_autograd(const at::Tensor& x,
                                                to_string(Divergence::kForwardKL), 0.5, deterministic));
 }
 
+at::Tensor mean_of_rows_autograd(const at::Tensor& kl) { return MeanOfRows::apply(kl)[0]; }
+
 ThreeTensors attention_kl_forward_autograd(const at::Tensor& query_student,
                                            const at::Tensor& key_student,
                                            const at::Tensor& query_teacher,
@@ -235,6 +254,7 @@ TORCH_LIBRARY_IMPL(linearard, Autograd, m) {
   m.impl("relation_kl_forward", &linearard::relation_kl_forward_autograd);
   m.impl("relation_kl_backward", &linearard::relation_kl_backward_autograd);
   m.impl("relation_lse", &linearard::relation_lse_autograd);
+  m.impl("mean_of_rows", &linearard::mean_of_rows_autograd);
   m.impl("attention_kl_forward", &linearard::attention_kl_forward_autograd);
   m.impl("attention_kl_backward", &linearard::attention_kl_backward_autograd);
 }

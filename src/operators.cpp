@@ -43,6 +43,11 @@ at::Tensor call_relation_kl_backward(const at::Tensor& grad_kl,
                  o.deterministic());
 }
 
+at::Tensor call_mean_of_rows(const at::Tensor& kl) {
+  static const auto op = typed_operator<at::Tensor(const at::Tensor&)>("linearard::mean_of_rows");
+  return op.call(kl);
+}
+
 at::Tensor call_relation_lse(const at::Tensor& x, const RelationOptions& o) {
   check_defined("relation_lse", {{"x", &x}});
   static const auto op = typed_operator<RelationLseSignature>("linearard::relation_lse");

@@ -92,6 +92,7 @@ at::Tensor call_relation_kl_backward(const at::Tensor& grad_kl,
                                      const at::Tensor& lse_student,
                                      const at::Tensor& lse_teacher,
                                      const RelationOptions& options);
+at::Tensor call_mean_of_rows(const at::Tensor& kl);
 at::Tensor call_relation_lse(const at::Tensor& x, const RelationOptions& options);
 ThreeTensors call_attention_kl_forward(const at::Tensor& query_student,
                                        const at::Tensor& key_student,

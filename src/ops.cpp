@@ -21,6 +21,8 @@ TORCH_LIBRARY(linearard, m) {
   m.def(
       "relation_lse(Tensor x, *, Tensor? key_padding_mask=None, Tensor? cu_seqlens=None, float? scale=None, "
       "bool causal=False, bool? deterministic=None) -> Tensor");
+  // The mean over all rows of kl, summed in float64: the reduction of the operators that return a loss.
+  m.def("mean_of_rows(Tensor kl) -> Tensor");
   m.def(
       "attention_kl(Tensor query_student, Tensor key_student, Tensor query_teacher, Tensor key_teacher, *, "
       "Tensor? query_padding_mask=None, Tensor? key_padding_mask=None, Tensor? cu_seqlens=None, "

@@ -1,8 +1,10 @@
 #include "reduction.h"
 
-#include "saturation.h"
-
 #include <ATen/TensorOperators.h>
+#include <torch/library.h>
+
+#include "operators.h"
+#include "saturation.h"
 
 namespace linearard {
 
@@ -23,7 +25,7 @@ at::Tensor reduce_rows(const at::Tensor& kl,
   const auto result = [&](const at::Tensor& value) { return saturating_cast(value, kl.scalar_type()); };
   // An empty batch has no tokens to average over: 0, and gradient 0.
   if (reduction == Reduction::kSum || kl.sym_numel() == 0) return result(weighted.sum(at::kDouble));
-  if (!num_items && !weight && !row_mask) return result(weighted.mean(at::kDouble));
+  if (!num_items && !weight && !row_mask) return call_mean_of_rows(weighted);
 
   const at::Tensor count = num_items ? num_items->reshape({}) : weight ? weight->sum() : row_mask->sum();
   const at::Tensor sum = weighted.mean(1, false, at::kDouble).sum();  // mean over heads
@@ -32,4 +34,12 @@ at::Tensor reduce_rows(const at::Tensor& kl,
   return result((sum / divisor.masked_fill(empty, 1)).masked_fill(empty, 0));
 }
 
+namespace {
+
+/// For any device; CUDA has a kernel.
+at::Tensor mean_of_rows(const at::Tensor& kl) { return saturating_cast(kl.mean(at::kDouble), kl.scalar_type()); }
+
+}  // namespace
 }  // namespace linearard
+
+TORCH_LIBRARY_IMPL(linearard, CompositeExplicitAutograd, m) { m.impl("mean_of_rows", &linearard::mean_of_rows); }

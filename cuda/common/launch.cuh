@@ -37,6 +37,15 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...),
 
 namespace linearard::cuda {
 
+/// Multiprocessors of the current device.
+inline int multiprocessors() {
+  int device = 0;
+  int count = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  return known && count > 0 ? count : 128;
+}
+
 /// The same for a grid of one dimension that may be too large, or empty.
 template <typename Params>
 cudaError_t launch_blocks(void (*kernel)(const Params),

@@ -26,6 +26,7 @@ struct alignas(16) BackwardShared {
   RowValues<Real> others[kTile];
   Range other_keys[kTile];
   int scratch[2];
+  int block;  ///< the one of the grid that is computed
 };
 
 /// Gradient of 64 owners, a slice of 128 elements. Every owner belongs to one block: no atomics.
@@ -158,8 +159,9 @@ class Backward {
   /// Writes H to shared memory.
   __device__ void weigh(const Real (&teacher)[kPer][kPer], const Real (&deltas)[kPer][kPer], int other) {
     const bool relation = p_.row_term && p_.column_term;
-    const int row = static_cast<int>(threadIdx.x) / 16 * kPer;
-    const int column = static_cast<int>(threadIdx.x) % 16 * kPer;
+    const int thread = anew(static_cast<int>(threadIdx.x));
+    const int row = thread / 16 * kPer;
+    const int column = thread % 16 * kPer;
 #pragma unroll
     for (int a = 0; a < kPer; ++a) {
       const int owner = first_ + row + a;
@@ -192,8 +194,9 @@ class Backward {
   /// gradient += H x the others' student vectors. A vector that is not finite has made H NaN in the rows that it
   /// touches; here it counts as 0, so that it reaches no others.
   __device__ void add_product(const Side<Real>& side, int other) {
-    const int row = static_cast<int>(threadIdx.x) / 16 * kPer;
-    const int lane = static_cast<int>(threadIdx.x) % 16;
+    const int thread = anew(static_cast<int>(threadIdx.x));
+    const int row = thread / 16 * kPer;
+    const int lane = thread % 16;
     for (int part = 0; part < kTile; part += kDepth) {
       __syncthreads();
       for (int i = static_cast<int>(threadIdx.x); i < kDepth * kSlice; i += kThreads) {
@@ -250,8 +253,9 @@ class Backward {
 
   __device__ void write() {
     const bool relation = p_.row_term && p_.column_term;
-    const int row = static_cast<int>(threadIdx.x) / 16 * kPer;
-    const int lane = static_cast<int>(threadIdx.x) % 16;
+    const int thread = anew(static_cast<int>(threadIdx.x));
+    const int row = thread / 16 * kPer;
+    const int lane = thread % 16;
     const int dim = p_.owner_student.dim;
     const int64_t own_offset = offset_of_head(p_.owner_student, batch_, head_ * p_.other_heads);
 #pragma unroll
@@ -285,14 +289,25 @@ class Backward {
   }
 };
 
+/// @param blocks in all: a grid may have fewer, each of which walks over its share
+/// @param repeat whether this is the second pass, over marked blocks
 template <typename Real>
 __global__ void __launch_bounds__(kThreads, 1)
-    backward_kernel(const __grid_constant__ BackwardParams params, bool repeat) {
-  const int64_t block = blockIdx.x;
-  if (is_done(params.redo, repeat, block)) return;
-  Backward<Real>(params, *reinterpret_cast<BackwardShared<Real>*>(dynamic_shared_memory()), block,
-                 static_cast<int>(blockIdx.y))
-      .run();
+    backward_kernel(const __grid_constant__ BackwardParams params, int blocks, bool repeat) {
+  if (repeat && params.redo[0] == 0) return;
+  auto& shared = *reinterpret_cast<BackwardShared<Real>*>(dynamic_shared_memory());
+  // In shared memory: registers are what this kernel is short of.
+  if (threadIdx.x == 0) shared.block = static_cast<int>(blockIdx.x);
+  __syncthreads();
+#pragma unroll 1
+  while (shared.block < blocks) {
+    if (!repeat || params.redo[1 + static_cast<int64_t>(shared.block)] != 0) {
+      Backward<Real>(params, shared, anew(shared.block), anew(static_cast<int>(blockIdx.y))).run();
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) shared.block += static_cast<int>(gridDim.x);
+    __syncthreads();
+  }
 }
 
 }  // namespace linearard::cuda::generic

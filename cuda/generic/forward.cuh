@@ -198,15 +198,18 @@ class Forward {
   }
 };
 
+/// @param blocks in all: a grid may have fewer, each of which walks over its share
 /// @param repeat whether this is the second pass, over marked blocks; @param all_blocks once one block is marked, all
 template <typename Real>
 __global__ void __launch_bounds__(kThreads, 1)
-    forward_kernel(const __grid_constant__ ForwardParams params, bool repeat, bool all_blocks) {
+    forward_kernel(const __grid_constant__ ForwardParams params, int blocks, bool repeat, bool all_blocks) {
   __shared__ Staged<Real> staged;
   __shared__ int scratch[2];
-  const int64_t block = blockIdx.x;
-  if (all_blocks ? params.redo[0] == 0 : is_done(params.redo, repeat, block)) return;
-  Forward<Real>(params, block).run(staged, scratch);
+  if ((repeat || all_blocks) && params.redo[0] == 0) return;
+  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+    if (repeat && params.redo[1 + block] == 0) continue;
+    Forward<Real>(params, block).run(staged, scratch);
+  }
 }
 
 }  // namespace linearard::cuda::generic

@@ -203,11 +203,6 @@ __device__ Real maximum_of_row(Real x) {
   return x;
 }
 
-/// Whether a block has nothing to do: kernels that repeat what float could not hold do only the marked blocks.
-__device__ inline bool is_done(RedoMarks redo, bool repeat, int64_t block) {
-  return repeat && (redo[0] == 0 || redo[1 + block] == 0);
-}
-
 // --- the divergences beside the forward KL, of one key; l = log P, r = log Q / P -------------------------------------
 
 template <typename Real>

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <climits>
 
 #include "../common/launch.cuh"
@@ -6,14 +7,23 @@
 #include "generic.h"
 
 namespace linearard::cuda::generic {
+namespace {
+
+/// Blocks of a grid that has `count` blocks' work. What runs only where marks say so has one for each multiprocessor:
+/// mostly there is nothing to do, and a grid of many blocks takes a while to find that out.
+unsigned grid_blocks(int64_t count, Blocks blocks) {
+  return static_cast<unsigned>(blocks == Blocks::kAll ? count : std::min<int64_t>(count, multiprocessors()));
+}
+
+}  // namespace
 
 template <typename Real>
 cudaError_t launch_forward(const ForwardParams& params, Blocks blocks, cudaStream_t stream) {
   const int64_t per_head = (static_cast<int64_t>(params.visibility.rows) + kTile - 1) / kTile;
   const int64_t count = per_head * params.batch * params.heads;
   if (count > INT_MAX) return cudaErrorInvalidConfiguration;
-  return launch_kernel(forward_kernel<Real>, dim3(static_cast<unsigned>(count)), kThreads, 0, stream, params,
-                       blocks == Blocks::kMarked, blocks == Blocks::kAllIfAnyIsMarked);
+  return launch_kernel(forward_kernel<Real>, dim3(grid_blocks(count, blocks)), kThreads, 0, stream, params,
+                       static_cast<int>(count), blocks == Blocks::kMarked, blocks == Blocks::kAllIfAnyIsMarked);
 }
 
 template <typename Real>
@@ -23,8 +33,9 @@ cudaError_t launch_backward(const BackwardParams& params, Blocks blocks, cudaStr
   if (count > INT_MAX) return cudaErrorInvalidConfiguration;
   const int slices = (params.owner_student.dim + kSlice - 1) / kSlice;
   constexpr int kSharedBytes = sizeof(BackwardShared<Real>);
-  const dim3 grid(static_cast<unsigned>(count), static_cast<unsigned>(slices));
-  return launch_kernel(backward_kernel<Real>, grid, kThreads, kSharedBytes, stream, params, blocks == Blocks::kMarked);
+  const dim3 grid(grid_blocks(count, blocks), static_cast<unsigned>(slices));
+  return launch_kernel(backward_kernel<Real>, grid, kThreads, kSharedBytes, stream, params, static_cast<int>(count),
+                       blocks == Blocks::kMarked);
 }
 
 template cudaError_t launch_forward<float>(const ForwardParams&, Blocks, cudaStream_t);

@@ -106,38 +106,77 @@ __global__ void __launch_bounds__(kThreads) finish_forward_kernel(const __grid_c
   }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) finish_backward_kernel(const __grid_constant__ FinishBackwardParams p) {
-  const int64_t per_head = static_cast<int64_t>(p.tokens) * p.dim;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (index >= static_cast<int64_t>(p.batch) * p.heads * per_head) return;
-  const int64_t problem = index / per_head;
-  if (p.wide_heads[problem] != 0) return;
-  const float scale = static_cast<float>(p.output_scale) / half_range_scale(p.largest_grad);
-  const float x = p.sums[index] * scale;
-  static_cast<T*>(p.gradient)[index] = saturated_to<T>(x);
-  if (!(fabsf(x) < Base<float>::kHuge)) {
-    mark_redo(p.redo, problem, static_cast<int>(index % per_head / p.dim), p.tokens);
-  }
+// The gradient's elements that a thread, and a block, take: whole chunks of 16 bytes of the result. A vector is made of
+// whole chunks.
+constexpr int kChunk = 8;
+constexpr int kChunksOfThread = 4;
+constexpr int kBlockChunks = kChunksOfThread * kThreads;
+
+int64_t blocks_of_head(int tokens, int dim) {
+  const int64_t chunks = int64_t{tokens} * (dim / kChunk);
+  return (chunks + kBlockChunks - 1) / kBlockChunks;
 }
 
-template <typename Params>
-cudaError_t launch_elements(void (*kernel)(const Params), const Params& params, int64_t elements, cudaStream_t stream) {
-  return launch_blocks(kernel, params, (elements + kThreads - 1) / kThreads, kThreads, 0, stream);
+/// Two elements in a register.
+template <typename T>
+__device__ uint32_t packed(float low, float high) {
+  const T pair[2] = {saturated_to<T>(low), saturated_to<T>(high)};
+  return *reinterpret_cast<const uint16_t*>(&pair[0]) |
+         static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&pair[1])) << 16;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    finish_backward_kernel(const __grid_constant__ FinishBackwardParams p, int blocks) {
+  const int64_t problem = static_cast<int>(blockIdx.x) / blocks;
+  if (p.wide_heads[problem] != 0) return;
+  const int chunks_of_vector = p.dim / kChunk;
+  const int64_t chunks = static_cast<int64_t>(p.tokens) * chunks_of_vector;
+  const int64_t first = static_cast<int64_t>(static_cast<int>(blockIdx.x) % blocks) * kBlockChunks + threadIdx.x;
+  const auto* from = reinterpret_cast<const float4*>(p.sums) + 2 * problem * chunks;
+  auto* to = static_cast<uint4*>(p.gradient) + problem * chunks;
+  const float scale = static_cast<float>(p.output_scale) / half_range_scale(p.largest_grad);
+  float4 sums[kChunksOfThread][2];
+#pragma unroll
+  for (int i = 0; i < kChunksOfThread; ++i) {
+    const int64_t chunk = first + i * kThreads;
+    if (chunk >= chunks) break;
+    sums[i][0] = from[2 * chunk];
+    sums[i][1] = from[2 * chunk + 1];
+  }
+#pragma unroll
+  for (int i = 0; i < kChunksOfThread; ++i) {
+    const int64_t chunk = first + i * kThreads;
+    if (chunk >= chunks) break;
+    const float4& a = sums[i][0];
+    const float4& b = sums[i][1];
+    const float x[kChunk] = {a.x * scale, a.y * scale, a.z * scale, a.w * scale,
+                             b.x * scale, b.y * scale, b.z * scale, b.w * scale};
+    to[chunk] = {packed<T>(x[0], x[1]), packed<T>(x[2], x[3]), packed<T>(x[4], x[5]), packed<T>(x[6], x[7])};
+    bool held = true;
+#pragma unroll
+    for (int e = 0; e < kChunk; ++e)
+      held = held && fabsf(x[e]) < Base<float>::kHuge;
+    if (!held) mark_redo(p.redo, problem, static_cast<int>(chunk / chunks_of_vector), p.tokens);
+  }
 }
 
 }  // namespace
 
 cudaError_t finish_forward(const FinishForwardParams& params, cudaStream_t stream) {
-  return launch_elements(finish_forward_kernel, params, int64_t{params.batch} * params.heads * params.visibility.rows,
-                         stream);
+  const int64_t rows = int64_t{params.batch} * params.heads * params.visibility.rows;
+  return launch_blocks(finish_forward_kernel, params, (rows + kThreads - 1) / kThreads, kThreads, 0, stream);
 }
 
 cudaError_t finish_backward(const FinishBackwardParams& params, cudaStream_t stream) {
-  const int64_t elements = int64_t{params.batch} * params.heads * params.tokens * params.dim;
-  return launch_elements(
-      params.type == Scalar::kHalf ? finish_backward_kernel<__half> : finish_backward_kernel<__nv_bfloat16>, params,
-      elements, stream);
+  const int64_t per_head = blocks_of_head(params.tokens, params.dim);
+  const int64_t blocks = per_head * params.batch * params.heads;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
+  const auto kernel =
+      params.type == Scalar::kHalf ? finish_backward_kernel<__half> : finish_backward_kernel<__nv_bfloat16>;
+  return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream, params,
+                       static_cast<int>(per_head));
 }
 
 }  // namespace linearard::cuda::triangular

@@ -82,7 +82,7 @@ struct TriangularBackwardParams {
   float* gradient;                    ///< [B H, N, D] sum_j H_ij x_j, without the scale; zero before
 };
 
-/// Before the forward: values of the tokens.
+/// Before the forward: values of the tokens, and zeros for what the steps after it add to.
 struct PrepareForwardParams {
   Vectors student;
   Vectors teacher;
@@ -92,11 +92,15 @@ struct PrepareForwardParams {
   const uint8_t* mask;   ///< [B, N]
   double scale_student;  ///< of the logits, nats
   double scale_teacher;
-  int* largest;                ///< [B H] bits of the largest t_ii of a head, zero before
+  int* largest;                ///< [B H, ceil(N / kRedoRows)] bits of the largest t_ii of a block
   ForwardToken* token_values;  ///< [B H, N]
   OwnLogit* own;               ///< [B H, N]
   float* centers;              ///< [B H]
   int* wide_heads;             ///< [B H]
+  // Zeroed:
+  float* sums;      ///< [B H, kSums, N]
+  int* row_counts;  ///< [B H]
+  RedoMarks redo;
 };
 
 /// After the forward: results of the rows, and the list of those that the dense kernels compute again.
@@ -117,17 +121,23 @@ struct FinishForwardParams {
   int* row_lists;      ///< [B H, N]
 };
 
-/// Before the backward: values of the tokens.
+/// Before the backward: values of the tokens, and zeros for what the steps after it add to.
 struct PrepareBackwardParams {
   int batch;
   int heads;
   Visibility visibility;
-  const float* grad_kl;       ///< [B H, N]
+  const float* grad_kl;       ///< [B H, N], or one number for all rows
+  bool one_grad;              ///< which of the two
   const float* lse_student;   ///< likewise, nats
   const float* lse_teacher;   ///< likewise
   const float* largest_grad;  ///< max |grad_kl|, for half only
   BackwardToken* token_values;
-  int* wide_heads;  ///< [B H]
+  int* wide_heads;   ///< [B H]
+  float* row_grads;  ///< [B H, N] grad_kl for the dense kernels; null: not wanted
+  // Zeroed:
+  float* gradient;          ///< aligned to 16 bytes
+  int64_t gradient_floats;  ///< a multiple of 4
+  RedoMarks redo;
 };
 
 /// After the backward: the sums in float become the gradient, of the student's type.

@@ -13,7 +13,7 @@
 namespace linearard::cuda::triangular {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 256;
 constexpr int kWarpsOfBlock = kThreads / 32;
 
 /// The largest `x` of the block's threads; NaN does not count.
@@ -25,129 +25,293 @@ __device__ float largest_of_block(float x, float* scratch) {
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
   __syncthreads();
   x = scratch[0];
+#pragma unroll
   for (int w = 1; w < kWarpsOfBlock; ++w)
     x = fmaxf(x, scratch[w]);
   return x;
 }
 
-/// |x|^2 of one vector by a warp, exact but for the last rounding: it cancels against other logits.
-template <typename T>
-__device__ double square(const T* x, int dim) {
-  double sum = 0;
-  for (int d = static_cast<int>(threadIdx.x) % 32; d < dim; d += 32) {
-    const auto value = static_cast<float>(x[d]);
-    sum += static_cast<double>(value) * static_cast<double>(value);
-  }
+__device__ int largest_of_block(int x, int* scratch) {
 #pragma unroll
   for (int lane = 16; lane > 0; lane /= 2)
-    sum += __shfl_xor_sync(0xffffffffu, sum, lane);
-  return sum;
+    x = max(x, __shfl_xor_sync(0xffffffffu, x, lane));
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = scratch[0];
+#pragma unroll
+  for (int w = 1; w < kWarpsOfBlock; ++w)
+    x = max(x, scratch[w]);
+  return x;
 }
 
-/// Logits of the tokens with themselves, a warp for each, and the largest of each head.
+// --- before the forward ----------------------------------------------------------------------------------------------
+
+constexpr int kLanes = kThreads / kRedoRows;  ///< threads that share a token: a block takes as many as marks stand for
+constexpr int kChunk = 8;                     ///< elements of 16 bytes
+static_assert(kLanes == 4);
+
+/// The squares of the elements of one register.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) own_logits_kernel(const __grid_constant__ PrepareForwardParams p) {
-  const int64_t index = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
-  if (index >= static_cast<int64_t>(p.batch) * p.heads * p.tokens) return;
-  const int problem = static_cast<int>(index / p.tokens);
-  const int token = static_cast<int>(index % p.tokens);
-  const int batch = problem / p.heads;
-  OwnLogit own{0, 0};
-  if (is_real(p.mask, p.tokens, batch, token)) {
-    constexpr double kUnit = Base<float>::kUnit;
-    const T* student = head_of<T>(p.student, batch, problem % p.heads) + token * p.student.token_stride;
-    const T* teacher = head_of<T>(p.teacher, batch, problem % p.heads) + token * p.teacher.token_stride;
-    const double t = p.scale_teacher * kUnit * square(teacher, p.teacher.dim);
-    const double s = p.scale_student * kUnit * square(student, p.student.dim);
-    own = {static_cast<float>(t), static_cast<float>(s - t)};
-  }
-  if (threadIdx.x % 32 != 0) return;
-  p.own[index] = own;
-  // Floats that are not negative are ordered as integers are; NaN is above all of them.
-  atomicMax(p.largest + problem, __float_as_int(fabsf(own.teacher)));
+__device__ double squares_of(uint32_t word) {
+  const T* pair = reinterpret_cast<const T*>(&word);
+  const auto low = static_cast<double>(static_cast<float>(pair[0]));
+  const auto high = static_cast<double>(static_cast<float>(pair[1]));
+  return low * low + high * high;
 }
+
+/// |x|^2 of one vector by kLanes threads, exact but for the last rounding: it cancels against other logits.
+/// @tparam kAtOnce chunks of a thread that are on their way together
+template <typename T, int kAtOnce>
+struct Square {
+  uint4 chunks[kAtOnce];
+
+  __device__ void load(const T* x, int first) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      chunks[i] = *reinterpret_cast<const uint4*>(x + (first + i * kLanes) * kChunk);
+  }
+  __device__ double sum() const {
+    double sum = 0;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      sum += squares_of<T>(chunks[i].x) + squares_of<T>(chunks[i].y);
+      sum += squares_of<T>(chunks[i].z) + squares_of<T>(chunks[i].w);
+    }
+    return sum;
+  }
+};
+
+__device__ double sum_of_token(double x) {
+#pragma unroll
+  for (int lane = 1; lane < kLanes; lane *= 2)
+    x += __shfl_xor_sync(0xffffffffu, x, lane);
+  return x;
+}
+
+__device__ int blocks_of_head(int tokens) { return (tokens + kRedoRows - 1) / kRedoRows; }
+
+/// Logits of kRedoRows tokens of a head with themselves, and the largest of them. A vector is made of whole chunks;
+/// with kAtOnce > 1 of a multiple of kLanes kAtOnce.
+template <typename T, int kAtOnce>
+__global__ void __launch_bounds__(kThreads) own_logits_kernel(const __grid_constant__ PrepareForwardParams p) {
+  __shared__ int scratch[kWarpsOfBlock];
+  const int blocks = blocks_of_head(p.tokens);
+  const int problem = static_cast<int>(blockIdx.x) / blocks;
+  const int block = static_cast<int>(blockIdx.x) % blocks;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int batch = problem / p.heads;
+  const int first = block * kRedoRows;
+  const int token = first + thread / kLanes;
+  const bool real = is_real(p.mask, p.tokens, batch, token);
+
+  double t = 0;
+  double s = 0;
+  if (real) {
+    const int64_t at = token;
+    const T* student = head_of<T>(p.student, batch, problem % p.heads) + at * p.student.token_stride;
+    const T* teacher = head_of<T>(p.teacher, batch, problem % p.heads) + at * p.teacher.token_stride;
+    const int chunks = p.teacher.dim / kChunk;
+    for (int chunk = thread % kLanes; chunk < chunks; chunk += kLanes * kAtOnce) {
+      Square<T, kAtOnce> of_teacher;
+      Square<T, kAtOnce> of_student;
+      of_teacher.load(teacher, chunk);
+      of_student.load(student, chunk);
+      t += of_teacher.sum();
+      s += of_student.sum();
+    }
+  }
+  constexpr double kUnit = Base<float>::kUnit;
+  t = p.scale_teacher * kUnit * sum_of_token(t);
+  s = p.scale_student * kUnit * sum_of_token(s);
+  const OwnLogit own{static_cast<float>(t), static_cast<float>(s - t)};
+  if (token < p.tokens && thread % kLanes == 0) p.own[static_cast<int64_t>(problem) * p.tokens + token] = own;
+  // Floats that are not negative are ordered as integers are; NaN is above all of them.
+  const int largest = largest_of_block(__float_as_int(fabsf(own.teacher)), scratch);
+
+  static_assert(kThreads >= kSums * kRedoRows);
+  const int sum = thread / kRedoRows;
+  const int zeroed = first + thread % kRedoRows;
+  if (sum < kSums && zeroed < p.tokens) {
+    p.sums[(static_cast<int64_t>(problem) * kSums + sum) * p.tokens + zeroed] = 0;
+  }
+  if (thread == 0) {
+    p.largest[blockIdx.x] = largest;
+    p.redo[1 + static_cast<int64_t>(blockIdx.x)] = 0;
+    if (block == 0) p.row_counts[problem] = 0;
+    if (blockIdx.x == 0) p.redo[0] = 0;
+  }
+}
+
+constexpr int kForwardTokens = 4 * kThreads;  ///< of a block
 
 __global__ void __launch_bounds__(kThreads) forward_tokens_kernel(const __grid_constant__ PrepareForwardParams p) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (index >= static_cast<int64_t>(p.batch) * p.heads * p.tokens) return;
-  const int problem = static_cast<int>(index / p.tokens);
-  const int token = static_cast<int>(index % p.tokens);
-  const float largest = __int_as_float(p.largest[problem]);
+  __shared__ int scratch[kWarpsOfBlock];
+  const int parts = (p.tokens + kForwardTokens - 1) / kForwardTokens;
+  const int problem = static_cast<int>(blockIdx.x) / parts;
+  const int part = static_cast<int>(blockIdx.x) % parts;
+  const int blocks = blocks_of_head(p.tokens);
+  int bits = 0;
+  for (int block = static_cast<int>(threadIdx.x); block < blocks; block += kThreads)
+    bits = max(bits, p.largest[static_cast<int64_t>(problem) * blocks + block]);
+  const float largest = __int_as_float(largest_of_block(bits, scratch));
   // Mid-range of t_ii / 2: both ends of 2^(t_ii / 2 - center) are as far from float's.
   const float center = largest / 4;
-  const float half = p.own[index].teacher / 2;
-  const bool real = is_real(p.mask, p.tokens, problem / p.heads, token);
-  p.token_values[index] = real ? ForwardToken{half - kHeadroom / 2, exp2f(half - center)} : ForwardToken{0, 0};
-  if (token == 0) {
+#pragma unroll
+  for (int i = 0; i < kForwardTokens / kThreads; ++i) {
+    const int token = part * kForwardTokens + i * kThreads + static_cast<int>(threadIdx.x);
+    if (token >= p.tokens) break;
+    const int64_t index = static_cast<int64_t>(problem) * p.tokens + token;
+    const float half = p.own[index].teacher / 2;
+    const bool real = is_real(p.mask, p.tokens, problem / p.heads, token);
+    p.token_values[index] = real ? ForwardToken{half - kHeadroom / 2, exp2f(half - center)} : ForwardToken{0, 0};
+  }
+  if (part == 0 && threadIdx.x == 0) {
     p.centers[problem] = center;
     p.wide_heads[problem] = largest < kLargestSpread * kLog2E ? 0 : 1;
   }
 }
 
+// --- before the backward ---------------------------------------------------------------------------------------------
+
 /// Farthest apart that the two log-sum-exps of a row may lie, nats: 2^(s - t) must not overflow where a probability is
 /// left.
 constexpr float kLargestShift = 40.f;
-/// Beyond them a row's weight loses digits.
-constexpr float kSmallestRow = 1e-37f;
-constexpr float kLargestRow = 1e37f;
+/// A row's weight, with the ratio of its probabilities or without, lies within 2 to this power and its inverse.
+constexpr float kLargestPower = 122.f;
 
-/// A block of threads serves a head.
-__global__ void __launch_bounds__(kThreads) prepare_backward_kernel(const __grid_constant__ PrepareBackwardParams p) {
-  __shared__ float scratch[kWarpsOfBlock];
-  const int problem = static_cast<int>(blockIdx.x);
+constexpr int kLargestParts = 8;   ///< blocks that share a head; each looks for the extremes of all of it
+constexpr int kPartTokens = 1024;  ///< of a block, where there are fewer than that many
+constexpr int kZeroedChunks = 16;  ///< of 16 bytes, by a thread of the blocks that only zero
+
+__host__ __device__ int parts_of_head(int tokens) {
+  const int parts = (tokens + kPartTokens - 1) / kPartTokens;
+  return parts < kLargestParts ? parts : kLargestParts;
+}
+
+__device__ void zero_gradient(const PrepareBackwardParams& p, int64_t block) {
+  const int64_t first = block * kZeroedChunks * kThreads + threadIdx.x;
+  const int64_t chunks = p.gradient_floats / 4;
+#pragma unroll
+  for (int i = 0; i < kZeroedChunks; ++i) {
+    const int64_t chunk = first + i * kThreads;
+    if (chunk < chunks) reinterpret_cast<float4*>(p.gradient)[chunk] = float4{0, 0, 0, 0};
+  }
+}
+
+/// What a head's rows have in common.
+struct Extremes {
+  float highest;  ///< lse_t
+  float lowest;
+  float shift;          ///< |lse_s - lse_t|
+  float largest_grad;   ///< |upstream gradient|
+  float smallest_grad;  ///< but for zeros; infinite where there are no others
+};
+
+/// Whether float holds the values of all tokens.
+__device__ bool fits(const Extremes& head, float scale) {
+  const float spread = head.highest - head.lowest;
+  if (!(spread < kLargestSpread && head.shift < kLargestShift)) return false;
+  const float reach = (spread / 4 + head.shift) * kLog2E + kHeadroom / 2;
+  return log2f(head.largest_grad * scale) + reach < kLargestPower &&
+         log2f(head.smallest_grad * scale) - reach > -kLargestPower;
+}
+
+__device__ Extremes extremes_of_head(const PrepareBackwardParams& p, int problem, float* scratch) {
   const int tokens = p.visibility.rows;
   const int64_t first = static_cast<int64_t>(problem) * tokens;
   float highest = -INFINITY;
   float negated_lowest = -INFINITY;
   float shift = 0;
+  float largest_grad = 0;
+  float negated_smallest = -INFINITY;
+#pragma unroll 4
   for (int token = static_cast<int>(threadIdx.x); token < tokens; token += kThreads) {
-    if (!is_real(p.visibility.row_mask, tokens, problem / p.heads, token)) continue;
+    const bool real = is_real(p.visibility.row_mask, tokens, problem / p.heads, token);
     const float lse = p.lse_teacher[first + token];
-    highest = fmaxf(highest, lse);
-    negated_lowest = fmaxf(negated_lowest, -lse);
-    shift = fmaxf(shift, fabsf(p.lse_student[first + token] - lse));
+    const float moved = fabsf(p.lse_student[first + token] - lse);
+    highest = real ? fmaxf(highest, lse) : highest;
+    negated_lowest = real ? fmaxf(negated_lowest, -lse) : negated_lowest;
+    shift = real ? fmaxf(shift, moved) : shift;
+    const float grad = real ? fabsf(p.grad_kl[p.one_grad ? 0 : first + token]) : 0.f;
+    largest_grad = fmaxf(largest_grad, grad);
+    negated_smallest = grad > 0 ? fmaxf(negated_smallest, -grad) : negated_smallest;
   }
   highest = largest_of_block(highest, scratch);
   const float lowest = -largest_of_block(negated_lowest, scratch);
   shift = largest_of_block(shift, scratch);
-  const float center = (highest + lowest) / 4 * kLog2E;
+  largest_grad = largest_of_block(largest_grad, scratch);
+  return {highest, lowest, shift, largest_grad, -largest_of_block(negated_smallest, scratch)};
+}
+
+/// The first blocks make values of tokens, the others zeros.
+__global__ void __launch_bounds__(kThreads) prepare_backward_kernel(const __grid_constant__ PrepareBackwardParams p) {
+  __shared__ float scratch[kWarpsOfBlock];
+  const int tokens = p.visibility.rows;
+  const int parts = parts_of_head(tokens);
+  const int64_t head_blocks = static_cast<int64_t>(parts) * p.batch * p.heads;
+  if (blockIdx.x >= head_blocks) {
+    zero_gradient(p, blockIdx.x - head_blocks);
+    return;
+  }
+  const int problem = static_cast<int>(blockIdx.x) / parts;
+  const int part = static_cast<int>(blockIdx.x) % parts;
+  const int64_t first = static_cast<int64_t>(problem) * tokens;
+  const Extremes head = extremes_of_head(p, problem, scratch);
+  const float center = (head.highest + head.lowest) / 4 * kLog2E;
   const float scale = half_range_scale(p.largest_grad);
-  float extreme = 0;
-  for (int token = static_cast<int>(threadIdx.x); token < tokens; token += kThreads) {
+  for (int token = part * kThreads + static_cast<int>(threadIdx.x); token < tokens; token += parts * kThreads) {
+    const float grad = p.grad_kl[p.one_grad ? 0 : first + token];
+    if (p.row_grads != nullptr) p.row_grads[first + token] = grad;
     BackwardToken value{0, 0, 0, 0};
     if (is_real(p.visibility.row_mask, tokens, problem / p.heads, token)) {
       const float half = p.lse_teacher[first + token] / 2 * kLog2E;
       // A row that sees one key has no divergence, whatever it is.
       const bool has_gradient = keys_of_row(p.visibility, problem / p.heads, token).count > 1;
-      const float weight = has_gradient ? p.grad_kl[first + token] * scale : 0.f;
+      const float weight = has_gradient ? grad * scale : 0.f;
       value.bias = half - kHeadroom / 2;
       value.key = exp2f(half - center - kHeadroom / 2);
       value.row = weight * exp2f(center - half - kHeadroom / 2);
       value.row_ratio = value.row * exp2f((p.lse_teacher[first + token] - p.lse_student[first + token]) * kLog2E);
-      if (value.row != 0 && !(fabsf(value.row_ratio) > kSmallestRow && fabsf(value.row_ratio) < kLargestRow)) extreme = 1;
     }
     p.token_values[first + token] = value;
   }
-  extreme = largest_of_block(extreme, scratch);
+  if (part != 0) return;
   if (threadIdx.x == 0) {
-    p.wide_heads[problem] = highest - lowest < kLargestSpread && shift < kLargestShift && extreme == 0 ? 0 : 1;
+    p.wide_heads[problem] = fits(head, scale) ? 0 : 1;
+    if (problem == 0) p.redo[0] = 0;
   }
+  const int blocks = blocks_of_head(tokens);
+  for (int block = static_cast<int>(threadIdx.x); block < blocks; block += kThreads)
+    p.redo[1 + static_cast<int64_t>(problem) * blocks + block] = 0;
+}
+
+int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T>
+cudaError_t launch_own_logits(const PrepareForwardParams& params, cudaStream_t stream) {
+  const int chunks = params.teacher.dim / kChunk;
+  const auto kernel = chunks % (4 * kLanes) == 0   ? own_logits_kernel<T, 4>
+                      : chunks % (2 * kLanes) == 0 ? own_logits_kernel<T, 2>
+                                                   : own_logits_kernel<T, 1>;
+  const int64_t blocks = int64_t{params.batch} * params.heads * quotient_up(params.tokens, kRedoRows);
+  return launch_blocks(kernel, params, blocks, kThreads, 0, stream);
 }
 
 }  // namespace
 
 cudaError_t prepare_forward(const PrepareForwardParams& params, cudaStream_t stream) {
-  const int64_t tokens = int64_t{params.batch} * params.heads * params.tokens;
-  const auto blocks_for = [](int64_t threads) { return (threads + kThreads - 1) / kThreads; };
-  const auto kernel =
-      params.teacher.type == Scalar::kHalf ? own_logits_kernel<__half> : own_logits_kernel<__nv_bfloat16>;
-  const cudaError_t error = launch_blocks(kernel, params, blocks_for(32 * tokens), kThreads, 0, stream);
+  const cudaError_t error = params.teacher.type == Scalar::kHalf ? launch_own_logits<__half>(params, stream)
+                                                                 : launch_own_logits<__nv_bfloat16>(params, stream);
   if (error != cudaSuccess) return error;
-  return launch_blocks(forward_tokens_kernel, params, blocks_for(tokens), kThreads, 0, stream);
+  const int64_t blocks = int64_t{params.batch} * params.heads * quotient_up(params.tokens, kForwardTokens);
+  return launch_blocks(forward_tokens_kernel, params, blocks, kThreads, 0, stream);
 }
 
 cudaError_t prepare_backward(const PrepareBackwardParams& params, cudaStream_t stream) {
-  return launch_blocks(prepare_backward_kernel, params, int64_t{params.batch} * params.heads, kThreads, 0, stream);
+  const int64_t head_blocks = int64_t{params.batch} * params.heads * parts_of_head(params.visibility.rows);
+  const int64_t zero_blocks = quotient_up(params.gradient_floats / 4, kZeroedChunks * kThreads);
+  return launch_blocks(prepare_backward_kernel, params, head_blocks + zero_blocks, kThreads, 0, stream);
 }
 
 }  // namespace linearard::cuda::triangular

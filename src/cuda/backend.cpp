@@ -139,11 +139,14 @@ void run_forward(ForwardParams params,
     check_launch(forward_in_double(params, Blocks::kAll, stream), kAction, device);
     return;
   }
-  const at::Tensor marks = clear_marks(int64_t{params.batch} * params.heads, params.visibility.rows, device);
-  params.redo = marks.mutable_data_ptr<int>();
+  at::Tensor marks;
   if (listed) {
+    params.redo = listed->redo;
     params.row_counts = listed->counts;
     params.row_lists = listed->lists;
+  } else {
+    marks = clear_marks(int64_t{params.batch} * params.heads, params.visibility.rows, device);
+    params.redo = marks.mutable_data_ptr<int>();
   }
   check_launch(forward(params, stream), kAction, device);
   check_launch(forward_in_double(params, Blocks::kMarked, stream), kAction, device);
@@ -189,7 +192,7 @@ class BackwardCall {
         float64_(problem_.float64()),
         dtype_(float64_ ? at::kDouble : at::kFloat),
         output_scale_(float64_ ? form.gradient_scale(scale_student) / form.gradient_multiplier : scale_student),
-        grad_kl_(contiguous_as(grad_kl, dtype_)),
+        grad_kl_(grad_kl.to(dtype_)),
         lse_student_(contiguous_as(lse_student, dtype_)),
         lse_teacher_(contiguous_as(lse_teacher, dtype_)) {
     if (problem_.divergence != linearard::Divergence::kForwardKL) {
@@ -197,8 +200,11 @@ class BackwardCall {
       const RowTensors to{center_, row_tensor(problem_, dtype_), row_tensor(problem_, dtype_)};
       run_forward(center_params(), to, float64_, problem_.device());
     }
+    // The gradient of a mean is one number; only kernels that read a number of each row need more.
+    const bool one_grad = is_expanded_scalar(grad_kl_);
+    if (!problem_.relation || !one_grad) grad_kl_ = grad_kl_.contiguous();
     if (problem_.student_rows.scalar_type() == at::kHalf) {
-      largest_grad_ = at::linalg_vector_norm(grad_kl_, INFINITY).to(at::kFloat);
+      largest_grad_ = (one_grad ? grad_kl_ : at::linalg_vector_norm(grad_kl_, INFINITY)).to(at::kFloat);
     }
   }
 
@@ -262,7 +268,6 @@ class BackwardCall {
     params.output_scale = output_scale_;
     params.divergence = kernel_divergence(problem_.divergence);
     params.beta = problem_.beta;
-    params.grad_kl = grad_kl_.const_data_ptr();
     params.lse_student = lse_student_.const_data_ptr();
     params.lse_teacher = lse_teacher_.const_data_ptr();
     params.center = center_.defined() ? center_.const_data_ptr() : nullptr;
@@ -277,17 +282,31 @@ class BackwardCall {
     const cudaStream_t stream = current_stream(device);
     at::Tensor gradient = at::empty(owners.sizes(), owners.options());
     params.gradient = gradient.mutable_data_ptr();
+    at::Tensor grad_kl = grad_kl_;
     if (float64_) {
+      grad_kl = grad_kl.contiguous();
+      params.grad_kl = grad_kl.const_data_ptr();
       check_launch(backward_in_double(params, Blocks::kAll, stream), kAction, device);
       return gradient;
     }
-    const at::Tensor marks = clear_marks(owners.size(0) * owners.size(1), owners.size(2), device);
-    params.redo = marks.mutable_data_ptr<int>();
+    const int64_t problems = owners.size(0) * owners.size(1);
+    const int64_t mark_ints = mark_count(problems, owners.size(2));
+    const bool expand = problem_.relation && !grad_kl_.is_contiguous();
+    const int64_t row_floats = expand ? grad_kl_.numel() : 0;
+    // Marks, and the upstream gradient of each row where the triangular kernels write it out.
+    const at::Tensor memory = at::empty({mark_ints + row_floats}, owners.options().dtype(at::kInt));
+    params.redo = memory.mutable_data_ptr<int>();
+    auto* const row_grads = expand ? reinterpret_cast<float*>(params.redo + mark_ints) : nullptr;
     {
       const auto left = problem_.relation
-                            ? triangular_backward(problem_, {grad_kl_, lse_student_, lse_teacher_, params.largest_grad,
-                                                             output_scale_, gradient, params.redo})
+                            ? triangular_backward(problem_, {grad_kl_, row_grads, lse_student_, lse_teacher_,
+                                                             params.largest_grad, output_scale_, gradient, params.redo})
                             : std::nullopt;
+      if (!left) {
+        memory.narrow(0, 0, mark_ints).zero_();
+        grad_kl = grad_kl.contiguous();
+      }
+      params.grad_kl = left && expand ? row_grads : grad_kl.const_data_ptr();
       params.only_heads = left ? left->heads : nullptr;
       check_launch(backward(params, stream), kAction, device);
     }
@@ -369,6 +388,22 @@ struct CudaBackend {
   }
 };
 
+at::Tensor mean_of_rows(const at::Tensor& kl) {
+  const c10::DeviceGuard guard(kl.device());
+  const bool wide = kl.scalar_type() == at::kDouble;
+  TORCH_CHECK(wide || kl.scalar_type() == at::kFloat, "mean_of_rows: kl must be float32 or float64, got ",
+              kl.scalar_type());
+  TORCH_CHECK(kl.numel() > 0, "mean_of_rows: kl must not be empty");
+  const at::Tensor values = kl.contiguous();
+  const at::Tensor partial = at::empty({kMeanPartials}, kl.options().dtype(at::kDouble));
+  at::Tensor result = at::empty({}, kl.options());
+  check_launch(mean({values.const_data_ptr(), wide ? Scalar::kDouble : Scalar::kFloat, values.numel(),
+                     partial.mutable_data_ptr<double>(), result.mutable_data_ptr()},
+                    current_stream(kl.device())),
+               "mean of rows", kl.device());
+  return result;
+}
+
 }  // namespace
 
 ExecutionPlan relation_plan(const RelationArguments& arguments) {
@@ -413,4 +448,7 @@ ExecutionPlan relation_plan(const RelationArguments& arguments) {
 
 }  // namespace linearard::cuda
 
-TORCH_LIBRARY_IMPL(linearard, CUDA, m) { linearard::Kernels<linearard::cuda::CudaBackend>::register_in(m); }
+TORCH_LIBRARY_IMPL(linearard, CUDA, m) {
+  linearard::Kernels<linearard::cuda::CudaBackend>::register_in(m);
+  m.impl("mean_of_rows", &linearard::cuda::mean_of_rows);
+}

@@ -121,9 +121,10 @@ VisibilityMemory visibility_of(const VisibilityOptions& options, const at::Devic
   return memory;
 }
 
+int64_t mark_count(int64_t heads, int64_t rows) { return 1 + heads * ((rows + kRedoRows - 1) / kRedoRows); }
+
 at::Tensor clear_marks(int64_t heads, int64_t rows, const at::Device& device) {
-  const int64_t blocks = (rows + kRedoRows - 1) / kRedoRows;
-  return at::zeros({1 + heads * blocks}, at::TensorOptions().device(device).dtype(at::kInt));
+  return at::zeros({mark_count(heads, rows)}, at::TensorOptions().device(device).dtype(at::kInt));
 }
 
 }  // namespace linearard::cuda

@@ -46,7 +46,9 @@ struct VisibilityOptions {
 };
 VisibilityMemory visibility_of(const VisibilityOptions& options, const at::Device& device);
 
-/// Marks of blocks that float could not hold, all clear.
+/// How many marks of blocks that float could not hold a call has.
+int64_t mark_count(int64_t heads, int64_t rows);
+/// The marks, all clear.
 at::Tensor clear_marks(int64_t heads, int64_t rows, const at::Device& device);
 
 /// The same values, contiguous, of another dtype: a view or a copy, never more than the call must.

@@ -86,12 +86,22 @@ at::TensorOptions floats(const at::Device& device) { return at::TensorOptions().
 template <typename T>
 constexpr int64_t kFloats = static_cast<int64_t>(sizeof(T) / sizeof(float));
 
-/// Floats per head that have to be zero before the kernels, and others.
-int64_t zeroed_forward(int64_t tokens) { return kSums * tokens + 2; }
-int64_t written_forward(int64_t tokens) { return (kFloats<ForwardToken> + kFloats<OwnLogit> + 1) * tokens + 2; }
-int64_t written_backward(int64_t tokens) { return kFloats<BackwardToken> * tokens + 1; }
+/// Floats that the kernels of a call work on, beside marks.
+int64_t forward_floats(int64_t problems, int64_t tokens) {
+  return problems * ((kFloats<ForwardToken> + kFloats<OwnLogit> + kSums + 1) * tokens + 3) +
+         mark_count(problems, tokens);
+}
+int64_t backward_floats(int64_t problems, int64_t tokens, int64_t dim) {
+  return problems * ((dim + kFloats<BackwardToken>)*tokens + 1);
+}
 
 }  // namespace
+
+bool is_expanded_scalar(const at::Tensor& tensor) {
+  for (int64_t d = 0; d < tensor.dim(); ++d)
+    if (tensor.size(d) > 1 && tensor.stride(d) != 0) return false;
+  return tensor.numel() > 0;
+}
 
 std::optional<ListedRows> triangular_forward(const Problem& problem, const RowTensors& to) {
   if (!is_eligible(problem)) return std::nullopt;
@@ -101,23 +111,24 @@ std::optional<ListedRows> triangular_forward(const Problem& problem, const RowTe
   const at::Device device = problem.device();
   const int64_t tokens = problem.rows();
   const int64_t problems = problem.batch() * problem.heads();
-  Arena zeroed(at::zeros({problems * zeroed_forward(tokens)}, floats(device)));
-  Arena written(at::empty({problems * written_forward(tokens)}, floats(device)));
-  auto* sums = zeroed.take<float>(problems * kSums * tokens);
-  auto* counts = zeroed.take<int>(problems);
-  auto* largest = zeroed.take<int>(problems);
-  auto* token_values = written.take<ForwardToken>(problems * tokens);
-  auto* own = written.take<OwnLogit>(problems * tokens);
-  auto* centers = written.take<float>(problems);
-  auto* wide_heads = written.take<int>(problems);
-  auto* lists = written.take<int>(problems * tokens);
+  const int64_t marks = mark_count(problems, tokens);
+  Arena arena(at::empty({forward_floats(problems, tokens) + marks}, floats(device)));
+  auto* token_values = arena.take<ForwardToken>(problems * tokens);
+  auto* own = arena.take<OwnLogit>(problems * tokens);
+  auto* sums = arena.take<float>(problems * kSums * tokens);
+  auto* lists = arena.take<int>(problems * tokens);
+  auto* counts = arena.take<int>(problems);
+  auto* centers = arena.take<float>(problems);
+  auto* wide_heads = arena.take<int>(problems);
+  auto* largest = arena.take<int>(marks);
+  auto* redo = arena.take<int>(marks);
 
   constexpr const char* kAction = "forward";
   const cudaStream_t stream = current_stream(device);
-  check_launch(triangular::prepare_forward(
-                   {params.student, params.teacher, params.batch, params.heads, params.tokens, params.mask,
-                    problem.scale_student, problem.scale_teacher, largest, token_values, own, centers, wide_heads},
-                   stream),
+  check_launch(triangular::prepare_forward({params.student, params.teacher, params.batch, params.heads, params.tokens,
+                                            params.mask, problem.scale_student, problem.scale_teacher, largest,
+                                            token_values, own, centers, wide_heads, sums, counts, redo},
+                                           stream),
                kAction, device);
   params.token_values = token_values;
   params.wide_heads = wide_heads;
@@ -131,7 +142,7 @@ std::optional<ListedRows> triangular_forward(const Problem& problem, const RowTe
                     to.lse_teacher.mutable_data_ptr<float>(), counts, lists},
                    stream),
                kAction, device);
-  return ListedRows{zeroed.memory(), written.memory(), counts, lists};
+  return ListedRows{arena.memory(), counts, lists, redo};
 }
 
 std::optional<LeftHeads> triangular_backward(const Problem& problem, const TriangularGradient& to) {
@@ -142,22 +153,24 @@ std::optional<LeftHeads> triangular_backward(const Problem& problem, const Trian
   const at::Device device = problem.device();
   const int64_t tokens = problem.rows();
   const int64_t problems = problem.batch() * problem.heads();
-  const at::Tensor sums = at::zeros({problems * tokens * params.student.dim}, floats(device));
-  Arena written(at::empty({problems * written_backward(tokens)}, floats(device)));
-  auto* token_values = written.take<BackwardToken>(problems * tokens);
-  auto* wide_heads = written.take<int>(problems);
+  Arena arena(at::empty({backward_floats(problems, tokens, params.student.dim)}, floats(device)));
+  const int64_t elements = problems * tokens * params.student.dim;
+  auto* sums = arena.take<float>(elements);
+  auto* token_values = arena.take<BackwardToken>(problems * tokens);
+  auto* wide_heads = arena.take<int>(problems);
 
   constexpr const char* kAction = "backward";
   const cudaStream_t stream = current_stream(device);
   check_launch(
       triangular::prepare_backward({params.batch, params.heads, problem.memory.visibility,
-                                    to.grad_kl.const_data_ptr<float>(), to.lse_student.const_data_ptr<float>(),
-                                    to.lse_teacher.const_data_ptr<float>(), to.largest_grad, token_values, wide_heads},
+                                    to.grad_kl.const_data_ptr<float>(), is_expanded_scalar(to.grad_kl),
+                                    to.lse_student.const_data_ptr<float>(), to.lse_teacher.const_data_ptr<float>(),
+                                    to.largest_grad, token_values, wide_heads, to.row_grads, sums, elements, to.redo},
                                    stream),
       kAction, device);
   params.token_values = token_values;
   params.wide_heads = wide_heads;
-  params.gradient = sums.mutable_data_ptr<float>();
+  params.gradient = sums;
   check_launch(
       runs_on_hopper(params) ? launch_triangular_backward_sm90(params, stream) : triangular::backward(params, stream),
       kAction, device);
@@ -166,7 +179,7 @@ std::optional<LeftHeads> triangular_backward(const Problem& problem, const Trian
                     to.largest_grad, wide_heads, params.gradient, to.gradient.mutable_data_ptr(), to.redo},
                    stream),
                kAction, device);
-  return LeftHeads{written.memory(), wide_heads};
+  return LeftHeads{arena.memory(), wide_heads};
 }
 
 TriangularWorkspace triangular_workspace(const Problem& problem) {
@@ -177,11 +190,11 @@ TriangularWorkspace triangular_workspace(const Problem& problem) {
   const auto forward = params_of<TriangularForwardParams>(problem);
   if (triangular::takes(forward)) {
     bytes.on_hopper = runs_on_hopper(forward);
-    bytes.forward = problems * (zeroed_forward(tokens) + written_forward(tokens)) * 4 + 2 * kRounding;
+    bytes.forward = forward_floats(problems, tokens) * 4 + kRounding;
   }
   if (triangular::takes(params_of<TriangularBackwardParams>(problem))) {
     const int64_t dim = problem.student_rows.size(3);
-    bytes.backward = problems * (written_backward(tokens) + tokens * dim) * 4 + 2 * kRounding;
+    bytes.backward = (backward_floats(problems, tokens, dim) + problems * tokens) * 4 + kRounding;
   }
   return bytes;
 }

@@ -12,10 +12,10 @@ namespace linearard::cuda {
 /// What a triangular forward leaves to the dense kernels: rows that need another computation, as ForwardParams takes
 /// them.
 struct ListedRows {
-  at::Tensor counts_memory;
-  at::Tensor lists_memory;
+  at::Tensor memory;
   const int* counts;
   const int* lists;
+  RedoMarks redo;  ///< all clear
 };
 
 /// Writes the rows of a problem. Empty where the triangular kernels do not take it; nothing is written then.
@@ -28,14 +28,18 @@ struct LeftHeads {
 };
 
 struct TriangularGradient {
-  const at::Tensor& grad_kl;      ///< [B, H, N] float, contiguous
+  const at::Tensor& grad_kl;      ///< [B, H, N] float, contiguous or expanded from one number
+  float* row_grads;               ///< [B, H, N] where grad_kl is written out for the dense kernels; null: not wanted
   const at::Tensor& lse_student;  ///< likewise
   const at::Tensor& lse_teacher;  ///< likewise
   const float* largest_grad;      ///< null but for half
   double output_scale;
   const at::Tensor& gradient;  ///< [B, H, N, D] of the student's type, contiguous: written
-  RedoMarks redo;
+  RedoMarks redo;              ///< cleared
 };
+
+/// Whether all elements are one number in memory.
+bool is_expanded_scalar(const at::Tensor& tensor);
 
 /// Writes the gradient of a problem. Empty where the triangular kernels do not take it; nothing is written then.
 std::optional<LeftHeads> triangular_backward(const Problem& problem, const TriangularGradient& to);

@@ -1,3 +1,4 @@
+#include <cmath>
 #include <tuple>
 
 #include <ATen/ATen.h>
@@ -5,11 +6,13 @@
 
 #include <emulation/block.h>
 #include <instantiations/declarations.h>
+#include <instantiations/generic.h>
 
 #include "kernel_parameters.h"
 #include "reference.h"
 
-// The tensor-core kernels of cuda/mma, run on the CPU by tests/emulation, against float64.
+// The tensor-core kernels of cuda/mma, and the walk of those of cuda/generic over marked blocks, run on the CPU by
+// tests/emulation, against float64.
 
 namespace linearard {
 namespace {
@@ -134,6 +137,90 @@ TEST(EmulatedAttention, GroupedHeadsAgreeWithFloat64) {
                              exact_key.grad()),
               gradient_promise(at::kBFloat16));
   }
+}
+
+/// The mean by one block, and by several.
+TEST(EmulatedMean, AgreesWithFloat64) {
+  for (const at::ScalarType type : {at::kFloat, at::kDouble}) {
+    for (const int64_t count : {1, 700, 32768, 32769, 4300000}) {
+      const at::Tensor values = (at::arange(count, at::kDouble).sin() + 1.5).to(type);
+      const at::Tensor partial = at::full({cuda::kMeanPartials}, NAN, at::kDouble);
+      const at::Tensor result = at::full({}, NAN, type);
+      const auto launch_mean = [&] {
+        const auto scalar = type == at::kFloat ? cuda::Scalar::kFloat : cuda::Scalar::kDouble;
+        return cuda::mean(
+            {values.const_data_ptr(), scalar, count, partial.mutable_data_ptr<double>(), result.mutable_data_ptr()},
+            nullptr);
+      };
+      EXPECT_EQ(launch_mean(), cudaSuccess);
+      const double exact = values.mean(at::kDouble).item<double>();
+      EXPECT_NEAR(result.item<double>(), exact, (type == at::kFloat ? 1e-7 : 1e-14) * exact);
+      values.fill_(type == at::kFloat ? 3.4e38 : 1.7e308);
+      EXPECT_EQ(launch_mean(), cudaSuccess);
+      EXPECT_TRUE(std::isfinite(result.item<double>()));
+      values[count / 2] = NAN;
+      EXPECT_EQ(launch_mean(), cudaSuccess);
+      EXPECT_TRUE(std::isnan(result.item<double>()));
+    }
+  }
+}
+
+/// The kernels that compute marked blocks again have fewer blocks than there may be marks: each is computed, and no
+/// other.
+TEST(EmulatedMarks, MarkedBlocksAreComputedAgain) {
+  constexpr int64_t kHeads = 70;
+  constexpr int64_t kRows = 70;
+  const auto [student, teacher] = student_and_teacher(1, kHeads, kRows, 8, at::kFloat);
+  const KernelProblem problem = testing::relation_problem(student, teacher);
+  const auto empty = [&] {
+    testing::ForwardResult result = testing::empty_result(problem);
+    for (const at::Tensor& rows : {result.kl, result.lse_student, result.lse_teacher})
+      rows.fill_(NAN);
+    return result;
+  };
+  const auto forward = [&](const testing::ForwardResult& to, cuda::Blocks blocks) {
+    auto params = testing::forward_params(problem, to);
+    EXPECT_EQ(cuda::generic::launch_forward<double>(params, blocks, nullptr), cudaSuccess);
+  };
+  const testing::ForwardResult all = empty();
+  forward(all, cuda::Blocks::kAll);
+  EXPECT_LE(row_excess(all.kl, std::get<0>(testing::reference_relation(student.to(at::kDouble), teacher, {}))), 0.0);
+
+  const at::Tensor weights = weights_for(all.kl);
+  const auto backward = [&](const at::Tensor& marks, cuda::Blocks blocks) {
+    at::Tensor gradient = at::full_like(student, NAN);
+    auto params = testing::row_gradient_params(problem, weights, all);
+    params.gradient = gradient.mutable_data_ptr();
+    params.redo = marks.mutable_data_ptr<int>();
+    EXPECT_EQ(cuda::generic::launch_backward<double>(params, blocks, nullptr), cudaSuccess);
+    return gradient;
+  };
+  const at::Tensor gradient = backward(all.marks, cuda::Blocks::kAll);
+
+  // Nothing is marked: nothing is written.
+  const testing::ForwardResult none = empty();
+  forward(none, cuda::Blocks::kMarked);
+  forward(none, cuda::Blocks::kAllIfAnyIsMarked);
+  EXPECT_TRUE(at::isnan(none.kl).all().item<bool>());
+  EXPECT_TRUE(at::isnan(backward(none.marks, cuda::Blocks::kMarked)).all().item<bool>());
+
+  const testing::ForwardResult some = empty();
+  const at::Tensor marked = at::zeros({kHeads, 2}, at::kInt);
+  for (const int64_t block : {0, 63, 131, 132, 139})
+    marked.view(-1)[block] = 1;
+  some.marks[0] = 1;
+  some.marks.narrow(0, 1, marked.numel()).copy_(marked.view(-1));
+  const at::Tensor rows = marked.repeat_interleave(64, 1).narrow(1, 0, kRows).to(at::kBool).view_as(all.kl);
+  const auto expect_rows_of = [&](const at::Tensor& computed, const at::Tensor& exact, const at::Tensor& mask) {
+    EXPECT_TRUE(at::equal(at::isnan(computed), mask.logical_not().expand_as(computed)));
+    EXPECT_TRUE(at::equal(computed.nan_to_num(0), exact.masked_fill(mask.logical_not(), 0)));
+  };
+  forward(some, cuda::Blocks::kMarked);
+  expect_rows_of(some.kl, all.kl, rows);
+  expect_rows_of(some.lse_student, all.lse_student, rows);
+  expect_rows_of(backward(some.marks, cuda::Blocks::kMarked), gradient, rows.unsqueeze(-1));
+  forward(some, cuda::Blocks::kAllIfAnyIsMarked);
+  EXPECT_TRUE(at::equal(some.kl, all.kl));
 }
 
 /// Whatever warp goes first, the bits are the same: no sum depends on the order, and no barrier is missing.

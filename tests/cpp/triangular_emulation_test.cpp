@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <string>
 #include <tuple>
@@ -67,24 +68,30 @@ Rows run_forward(const KernelProblem& problem, Traversal traversal) {
   const int64_t problems = problem.batch() * problem.heads();
   const int64_t tokens = problem.rows();
   const auto memory = [&](int64_t floats) { return at::full({problems, floats}, NAN, at::kFloat); };
-  const at::Tensor sums = at::zeros({problems, cuda::kSums, tokens}, at::kFloat);
+  // What has to be zero is zeroed by the first step.
+  const at::Tensor sums = memory(cuda::kSums * tokens);
   const at::Tensor token_values = memory(2 * tokens);
   const at::Tensor own = memory(2 * tokens);
   const at::Tensor centers = memory(1);
   const at::Tensor wide_heads = at::full({problems}, -1, at::kInt);
-  const at::Tensor counts = at::zeros({problems}, at::kInt);
-  const at::Tensor largest = at::zeros({problems}, at::kInt);
+  const at::Tensor counts = at::full({problems}, -1, at::kInt);
+  const at::Tensor largest = at::full({problems, (tokens + 63) / 64}, INT_MAX, at::kInt);
   const at::Tensor lists = at::full({problems, tokens}, -1, at::kInt);
   auto* const values = reinterpret_cast<cuda::ForwardToken*>(token_values.mutable_data_ptr<float>());
   auto* const own_logits = reinterpret_cast<cuda::OwnLogit*>(own.mutable_data_ptr<float>());
   const testing::ForwardResult result = testing::empty_result(problem);
+  result.marks.fill_(-1);
 
   EXPECT_EQ(cuda::triangular::prepare_forward(
                 {params.student, params.teacher, params.batch, params.heads, params.tokens, params.mask,
                  problem.scale_student(), problem.scale_teacher(), largest.mutable_data_ptr<int>(), values, own_logits,
-                 centers.mutable_data_ptr<float>(), wide_heads.mutable_data_ptr<int>()},
+                 centers.mutable_data_ptr<float>(), wide_heads.mutable_data_ptr<int>(), sums.mutable_data_ptr<float>(),
+                 counts.mutable_data_ptr<int>(), result.marks.mutable_data_ptr<int>()},
                 nullptr),
             cudaSuccess);
+  EXPECT_EQ(sums.abs().sum().item<double>(), 0);
+  EXPECT_EQ(counts.abs().sum().item<int64_t>(), 0);
+  EXPECT_EQ(result.marks.abs().sum().item<int64_t>(), 0);
   params.token_values = values;
   params.wide_heads = wide_heads.const_data_ptr<int>();
   params.sums = sums.mutable_data_ptr<float>();
@@ -123,20 +130,28 @@ Gradient run_backward(const KernelProblem& problem,
   const int64_t tokens = problem.rows();
   const at::Tensor token_values = at::full({problems, 4 * tokens}, NAN, at::kFloat);
   const at::Tensor wide_heads = at::full({problems}, -1, at::kInt);
-  const at::Tensor sums = at::zeros({problems, tokens, params.student.dim}, at::kFloat);
+  const at::Tensor sums = at::full({problems, tokens, params.student.dim}, NAN, at::kFloat);
   const at::Tensor gradient = at::full_like(problem.student_rows, NAN).contiguous();
-  const at::Tensor marks = testing::clear_marks(problems, tokens);
-  const at::Tensor largest = grad_kl.abs().max();
+  const at::Tensor marks = testing::clear_marks(problems, tokens).fill_(-1);
+  const at::Tensor row_grads = at::full({problems, tokens}, NAN, at::kFloat);
+  const bool one_grad = grad_kl.stride(-1) == 0;
+  const at::Tensor largest = -grad_kl.abs().max();  // any sign will do
   auto* const values = reinterpret_cast<cuda::BackwardToken*>(token_values.mutable_data_ptr<float>());
   const float* const largest_grad =
       params.student.type == cuda::Scalar::kHalf ? largest.const_data_ptr<float>() : nullptr;
 
   EXPECT_EQ(cuda::triangular::prepare_backward(
-                {params.batch, params.heads, problem.memory.visibility, grad_kl.const_data_ptr<float>(),
+                {params.batch, params.heads, problem.memory.visibility, grad_kl.const_data_ptr<float>(), one_grad,
                  rows.lse_student.const_data_ptr<float>(), rows.lse_teacher.const_data_ptr<float>(), largest_grad,
-                 values, wide_heads.mutable_data_ptr<int>()},
+                 values, wide_heads.mutable_data_ptr<int>(), one_grad ? row_grads.mutable_data_ptr<float>() : nullptr,
+                 sums.mutable_data_ptr<float>(), sums.numel(), marks.mutable_data_ptr<int>()},
                 nullptr),
             cudaSuccess);
+  EXPECT_EQ(sums.abs().sum().item<double>(), 0);
+  EXPECT_EQ(marks.abs().sum().item<int64_t>(), 0);
+  if (one_grad) {
+    EXPECT_TRUE(at::equal(row_grads, grad_kl.reshape({problems, tokens})));
+  }
   params.token_values = values;
   params.wide_heads = wide_heads.const_data_ptr<int>();
   params.gradient = sums.mutable_data_ptr<float>();
@@ -262,6 +277,102 @@ TEST(EmulatedTriangularRows, OutlierTokensKeepTheirDigits) {
   EXPECT_EQ(wide_heads.sum().item<int64_t>(), 0);
   kl.sum().backward();
   EXPECT_LE(testing::relative_error(gradient, exact_student.grad()), testing::gradient_promise(at::kBFloat16));
+}
+
+/// The gradient of a mean is one number in memory: the same bits as a number for each row.
+TEST(EmulatedTriangularRows, OneGradientForAllRows) {
+  for (const at::ScalarType type : {at::kBFloat16, at::kHalf}) {
+    const auto [student, teacher] = testing::student_and_teacher(1, 2, 200, type == at::kHalf ? 128 : 64, type);
+    const KernelProblem problem = testing::relation_problem(student, teacher);
+    const auto rows = run_forward(problem, Traversal::kRows).result;
+    const at::Tensor weight = at::full({1}, -3e-4, at::kFloat);
+    const auto gradient_for = [&](const at::Tensor& weights) {
+      return run_backward(problem, Traversal::kRows, weights, rows).gradient;
+    };
+    const at::Tensor one = weight.expand_as(rows.kl);
+    EXPECT_TRUE(at::equal(gradient_for(one), gradient_for(one.contiguous())));
+  }
+}
+
+/// The steps around the kernels where a head has several blocks of each, and its largest logits lie in the last.
+TEST(EmulatedTriangularRows, StepsTakeManyTokens) {
+  constexpr int64_t kTokens = 9000;
+  auto [student, teacher] = testing::student_and_teacher(1, 2, kTokens, 8, at::kBFloat16);
+  teacher.select(1, 1).select(1, kTokens - 1).fill_(16);
+  const KernelProblem problem = testing::relation_problem(student, teacher);
+  const auto params = params_of<cuda::TriangularForwardParams>(problem, Traversal::kTriangular);
+  const auto memory = [&](int64_t floats) { return at::full({2, floats}, NAN, at::kFloat); };
+  const auto ints = [](at::IntArrayRef shape) { return at::full(shape, -1, at::kInt); };
+  const at::Tensor sums = memory(cuda::kSums * kTokens);
+  const at::Tensor token_values = memory(2 * kTokens);
+  const at::Tensor own = memory(2 * kTokens);
+  const at::Tensor centers = memory(1);
+  const at::Tensor wide = ints({2});
+  const at::Tensor counts = ints({2});
+  const at::Tensor largest = ints({2, (kTokens + 63) / 64});
+  const at::Tensor marks = testing::clear_marks(2, kTokens).fill_(-1);
+  ASSERT_EQ(cuda::triangular::prepare_forward(
+                {params.student, params.teacher, params.batch, params.heads, params.tokens, params.mask,
+                 problem.scale_student(), problem.scale_teacher(), largest.mutable_data_ptr<int>(),
+                 reinterpret_cast<cuda::ForwardToken*>(token_values.mutable_data_ptr<float>()),
+                 reinterpret_cast<cuda::OwnLogit*>(own.mutable_data_ptr<float>()), centers.mutable_data_ptr<float>(),
+                 wide.mutable_data_ptr<int>(), sums.mutable_data_ptr<float>(), counts.mutable_data_ptr<int>(),
+                 marks.mutable_data_ptr<int>()},
+                nullptr),
+            cudaSuccess);
+  EXPECT_EQ(sums.abs().sum().item<double>() + marks.abs().sum().item<double>(), 0);
+  const auto squares = [](const at::Tensor& x, double scale) {
+    return x.to(at::kDouble).square().sum(-1).view({2, kTokens}) * (scale * 1.4426950408889634);
+  };
+  const at::Tensor t = squares(teacher, problem.scale_teacher());
+  const at::Tensor x = squares(student, problem.scale_student()) - t;
+  EXPECT_TRUE(at::equal(own.view({2, kTokens, 2}), at::stack({t, x}, 2).to(at::kFloat)));
+  EXPECT_TRUE(at::equal(centers.flatten(), t.amax(1).to(at::kFloat) / 4));
+  EXPECT_TRUE(at::equal(wide, (t.amax(1) >= cuda::kLargestSpread * 1.4426950408889634).to(at::kInt)));
+  EXPECT_EQ(wide.sum().item<int64_t>(), 1);
+  const at::Tensor values = token_values.view({2, kTokens, 2});
+  EXPECT_TRUE(at::allclose(values.select(2, 1), at::exp2(t / 2 - t.amax(1, true) / 4).to(at::kFloat), 1e-4, 0));
+
+  const at::Tensor lse = at::linspace(1, 100, 2 * kTokens, at::kFloat).view({2, kTokens}).contiguous();
+  lse[1][kTokens - 1] = 300;
+  const at::Tensor moved = lse + 1;
+  const at::Tensor grads = at::linspace(-1, 1, 2 * kTokens, at::kFloat);
+  const at::Tensor backward_values = memory(4 * kTokens);
+  const at::Tensor gradient = memory(8 * kTokens);
+  wide.fill_(-1);
+  marks.fill_(-1);
+  ASSERT_EQ(cuda::triangular::prepare_backward(
+                {1, 2, problem.memory.visibility, grads.const_data_ptr<float>(), false, moved.const_data_ptr<float>(),
+                 lse.const_data_ptr<float>(), nullptr,
+                 reinterpret_cast<cuda::BackwardToken*>(backward_values.mutable_data_ptr<float>()),
+                 wide.mutable_data_ptr<int>(), nullptr, gradient.mutable_data_ptr<float>(), gradient.numel(),
+                 marks.mutable_data_ptr<int>()},
+                nullptr),
+            cudaSuccess);
+  EXPECT_EQ(gradient.abs().sum().item<double>() + marks.abs().sum().item<double>(), 0);
+  EXPECT_EQ(wide[0].item<int>(), 0);
+  EXPECT_EQ(wide[1].item<int>(), 1);
+  const at::Tensor made = backward_values.view({2, kTokens, 4});
+  EXPECT_TRUE(at::allclose(made.select(2, 0), lse * 0.72134752f - cuda::kHeadroom / 2, 1e-6, 1e-5));
+  EXPECT_TRUE(at::allclose(made.select(2, 1) * made.select(2, 2),
+                           grads.view({2, kTokens}) * std::exp2(-cuda::kHeadroom), 1e-4, 0));
+  EXPECT_TRUE(at::allclose(made.select(2, 3), at::full_like(lse, std::exp(-1.0)), 1e-4, 0));
+
+  const at::Tensor exact = at::linspace(-5, 5, gradient.numel(), at::kFloat).view_as(gradient);
+  gradient.copy_(exact);
+  gradient[0][8 * 8191 + 3] = INFINITY;
+  wide.zero_();
+  const at::Tensor result = at::full({2, 8 * kTokens}, NAN, at::kBFloat16);
+  ASSERT_EQ(cuda::triangular::finish_backward(
+                {cuda::Scalar::kBFloat16, 1, 2, kTokens, 8, 0.5, nullptr, wide.const_data_ptr<int>(),
+                 gradient.const_data_ptr<float>(), result.mutable_data_ptr(), marks.mutable_data_ptr<int>()},
+                nullptr),
+            cudaSuccess);
+  const at::Tensor expected = (exact * 0.5).to(at::kBFloat16);
+  expected[0][8 * 8191 + 3] = 3.3895313892515355e38;
+  EXPECT_TRUE(at::equal(result, expected));
+  EXPECT_EQ(marks.sum().item<int64_t>(), 2);
+  EXPECT_EQ(marks[0].item<int>() + marks[1 + 8191 / 64].item<int>(), 2);
 }
 
 /// Whatever warp goes first: the traversal by rows gives the same bits, and no barrier is missing.

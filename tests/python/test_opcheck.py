@@ -60,6 +60,15 @@ def test_relation_kernels(device, index):
     torch.library.opcheck(ops.relation_lse.default, (teacher,), {"scale": 0.3, **lse_options})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mean_of_rows(device, dtype):
+    kl = torch.rand(2, 3, 5, dtype=dtype, device=device, requires_grad=True)
+    torch.library.opcheck(ops.mean_of_rows.default, (kl,))
+    torch.testing.assert_close(ops.mean_of_rows(kl), kl.mean())
+    (gradient,) = torch.autograd.grad(ops.mean_of_rows(kl), kl)
+    torch.testing.assert_close(gradient, torch.full_like(kl, 1 / 30))
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("index", range(4))
 def test_attention_kl(device, index, requires_grad):
