@@ -3,8 +3,8 @@
 #include "../mma/instructions.cuh"
 #include "../triangular/elements.cuh"
 
-// The pairs of a warpgroup's accumulators: see wgmma.cuh for which thread holds which. Rows and columns are tokens. Both
-// sides have one scale, so that logits differ as the products of their vectors do.
+// The pairs of a warpgroup's accumulators: see wgmma.cuh for which thread holds which. Rows and columns are tokens.
+// Both sides have one scale, so that logits differ as the products of their vectors do.
 
 namespace linearard::cuda::sm90 {
 
@@ -124,8 +124,7 @@ __device__ void weigh_pairs(const float (&student)[kElements],
     float weights[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const auto parts =
-          terms(student[4 * n + c] - teacher[4 * n + c], teacher[4 * n + c], rows[c / 2], pair[c % 2]);
+      const auto parts = terms(student[4 * n + c] - teacher[4 * n + c], teacher[4 * n + c], rows[c / 2], pair[c % 2]);
       weights[c] = parts.e * (parts.first + parts.second);
       if constexpr (kPartial) {
         const int distance = diagonal.row_minus_column(n, c);

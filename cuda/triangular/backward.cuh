@@ -184,7 +184,8 @@ class Backward {
         const BackwardToken rows[2] = {owner[m * 16], owner[m * 16 + 8]};
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          const auto parts = terms(factors.difference(student[m][n][c], teacher[m][n][c]), teacher[m][n][c], rows[c / 2], pair[c % 2]);
+          const auto parts =
+              terms(factors.difference(student[m][n][c], teacher[m][n][c]), teacher[m][n][c], rows[c / 2], pair[c % 2]);
           float weight = parts.first + parts.second;
           if constexpr (kKind == Kind::kRows) weight = parts.first;
           if constexpr (kKind == Kind::kColumns) weight = parts.second;

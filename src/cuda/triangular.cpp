@@ -17,14 +17,14 @@ constexpr int64_t kRounding = 512;
 
 enum class Kernels { kNone, kPortable, kAll };
 
-/// Off by default until their tests have passed on a GPU: LINEARARD_TRIANGULAR=1 turns all of them on, =portable those
-/// that do not need Hopper.
+/// LINEARARD_TRIANGULAR, read once, is for comparisons of kernels: "0" turns these off, "portable" leaves those that do
+/// not need Hopper.
 Kernels enabled_kernels() {
   static const Kernels enabled = [] {
     const char* value = std::getenv("LINEARARD_TRIANGULAR");
-    if (value == nullptr) return Kernels::kNone;
-    if (std::string_view(value) == "portable") return Kernels::kPortable;
-    return std::string_view(value) == "1" ? Kernels::kAll : Kernels::kNone;
+    if (value == nullptr) return Kernels::kAll;
+    if (std::string_view(value) == "0") return Kernels::kNone;
+    return std::string_view(value) == "portable" ? Kernels::kPortable : Kernels::kAll;
   }();
   return enabled;
 }

@@ -226,8 +226,12 @@ TEST(EmulatedSm90, AdditionsDropWhatLiesOutside) {
   std::vector<float> sums(static_cast<size_t>(kTokens) * kDims);
   std::iota(sums.begin(), sums.end(), 0.f);
   CUtensorMap map;
-  TensorMap{reinterpret_cast<const char*>(sums.data()), 4, {kDims, kTokens, 1, 1}, {kBoxDims, kBoxTokens, 1, 1},
-            {kDims * 4, 16, 16}, true}
+  TensorMap{reinterpret_cast<const char*>(sums.data()),
+            4,
+            {kDims, kTokens, 1, 1},
+            {kBoxDims, kBoxTokens, 1, 1},
+            {kDims * 4, 16, 16},
+            true}
       .store(map);
   run_grid(dim3(1), dim3(1), kBoxTokens * kBoxDims * 4, [&] {
     for (int token = 0; token < kBoxTokens; ++token) {

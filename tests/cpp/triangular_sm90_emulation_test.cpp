@@ -36,8 +36,7 @@ struct Relation {
 
 std::ostream& operator<<(std::ostream& out, const Relation& r) {
   return out << r.batch << "x" << r.heads << "x" << r.tokens << "x" << r.dim << " " << r.type << " causal=" << r.causal
-             << " noise=" << r.noise << " SMs=" << r.multiprocessors
-             << " token_major=" << r.token_major;
+             << " noise=" << r.noise << " SMs=" << r.multiprocessors << " token_major=" << r.token_major;
 }
 
 /// Vectors, factors and logits in units of log 2 of a relation: t, and x = s - t, [B H, N, N] in float64.
@@ -191,17 +190,16 @@ constexpr at::ScalarType kHalf = at::kHalf;
 INSTANTIATE_TEST_SUITE_P(
     Relations,
     TriangularSm90,
-    ::testing::Values(
-        Relation{.heads = 1, .tokens = 1},
-        Relation{.tokens = 64},
-        Relation{.tokens = 130, .dim = 64, .token_major = true},
-        Relation{.heads = 3, .tokens = 400, .dim = 64, .type = kHalf, .noise = 0.5, .schedule = 1},
-        Relation{.batch = 2, .tokens = 200, .dim = 40, .causal = true},
-        Relation{.tokens = 257, .dim = 128, .type = kHalf, .multiprocessors = 64, .schedule = 2},
-        Relation{.batch = 2, .tokens = 193, .dim = 128, .causal = true, .noise = 0.5, .schedule = 3},
-        Relation{.heads = 1, .tokens = 400, .dim = 128, .multiprocessors = 132, .schedule = 4},
-        Relation{.heads = 1, .tokens = 300, .dim = 72, .type = kHalf, .causal = true, .schedule = 5},
-        Relation{.heads = 1, .tokens = 150, .dim = 256, .noise = 0.2, .schedule = 6}),
+    ::testing::Values(Relation{.heads = 1, .tokens = 1},
+                      Relation{.tokens = 64},
+                      Relation{.tokens = 130, .dim = 64, .token_major = true},
+                      Relation{.heads = 3, .tokens = 400, .dim = 64, .type = kHalf, .noise = 0.5, .schedule = 1},
+                      Relation{.batch = 2, .tokens = 200, .dim = 40, .causal = true},
+                      Relation{.tokens = 257, .dim = 128, .type = kHalf, .multiprocessors = 64, .schedule = 2},
+                      Relation{.batch = 2, .tokens = 193, .dim = 128, .causal = true, .noise = 0.5, .schedule = 3},
+                      Relation{.heads = 1, .tokens = 400, .dim = 128, .multiprocessors = 132, .schedule = 4},
+                      Relation{.heads = 1, .tokens = 300, .dim = 72, .type = kHalf, .causal = true, .schedule = 5},
+                      Relation{.heads = 1, .tokens = 150, .dim = 256, .noise = 0.2, .schedule = 6}),
     [](const auto& info) { return "Case" + std::to_string(info.index); });
 
 TEST(TriangularSm90Heads, WideHeadsAreLeftAlone) {

@@ -24,15 +24,15 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "cuda-test"
 PACKAGE = BUILD / "package"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# The same with the triangular kernels, as long as they are off by default (docs/performance.md).
-TRIANGULAR = "-triangular"
-PORTABLE = "-portable"
+# The same on other kernels than those that the GPU would run: LINEARARD_TRIANGULAR (docs/performance.md).
+VARIANTS = {"-portable": "portable", "-dense": "0"}
 SUITES = (
     "googletest",
     "pytest",
     *SANITIZERS,
-    *(suite + TRIANGULAR for suite in ("pytest", *SANITIZERS)),
-    "pytest" + TRIANGULAR + PORTABLE,
+    "pytest-portable",
+    *(suite + "-portable" for suite in SANITIZERS),
+    "pytest-dense",
 )
 # The line in which a suite says how it ended: the last one that matches.
 CLOSING = {
@@ -145,7 +145,7 @@ def head() -> str:
 
 def tool_of(suite: str) -> str:
     """What a suite runs, whatever kernels it is about."""
-    return suite.removesuffix(PORTABLE).removesuffix(TRIANGULAR)
+    return suite.partition("-")[0]
 
 
 def command_of(suite: str) -> list[str]:
@@ -168,8 +168,9 @@ def run(suite: str) -> tuple[str, bool]:
     print("+", " ".join(command), flush=True)
     # Every tensor in an allocation of its own: the sanitizers see what leaves it.
     extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool_of(suite) in SANITIZERS else {}
-    if TRIANGULAR in suite:
-        extra["LINEARARD_TRIANGULAR"] = "portable" if suite.endswith(PORTABLE) else "1"
+    for suffix, kernels in VARIANTS.items():
+        if suite.endswith(suffix):
+            extra["LINEARARD_TRIANGULAR"] = kernels
     lines = []
     try:
         with subprocess.Popen(
