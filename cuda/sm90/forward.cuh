@@ -211,12 +211,27 @@ class Forward {
       if (tile * kTileTokens >= first_owner + kGroupOwners) {
         add_pairs<false>(student, teacher, factors, columns, diagonal, rows, owner_sums);
       } else {
+        write_own(student, teacher, factors, diagonal, first_row);
         add_pairs<true>(student, teacher, factors, columns, diagonal, rows, owner_sums);
       }
       write_visitors(rows.sums, first_row);
     }
     // A causal pair counts for its later token only.
     if (!p_.causal) write_owners(owner_sums, first_owner);
+  }
+
+  __device__ void write_own(const float (&student)[kElements],
+                            const float (&teacher)[kElements],
+                            const ElementFactors& factors,
+                            const Diagonal& diagonal,
+                            int first_row) const {
+    OwnLogit* const own = p_.own + static_cast<int64_t>(head_) * p_.tokens;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const int row = first_row + i % 4 / 2 * 8;
+      if (diagonal.row_minus_column(i / 4, i % 4) != 0 || row >= p_.tokens) continue;
+      own[row] = factors.own_logit(student[i], teacher[i]);
+    }
   }
 
   // --- sums leave by additions in global memory

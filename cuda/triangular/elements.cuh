@@ -36,6 +36,9 @@ struct ElementFactors {
   __device__ float difference(float product_student, float product_teacher) const {
     return fmaf(product_teacher, excess, product_student - product_teacher);
   }
+  __device__ OwnLogit own_logit(float product_student, float product_teacher) const {
+    return {product_teacher * teacher, difference(product_student, product_teacher) * student};
+  }
   /// Of E of a pair.
   __device__ float exponent(float product_teacher, float row_bias, float column_bias) const {
     return fmaf(product_teacher, teacher, -column_bias) - row_bias;

@@ -100,10 +100,29 @@ __global__ void __launch_bounds__(kThreads) finish_forward_kernel(const __grid_c
   p.kl[index] = static_cast<float>(fmax(row.kl, 0.0));
   p.lse_student[index] = static_cast<float>(row.lse_student);
   p.lse_teacher[index] = static_cast<float>(row.lse_teacher);
-  if (refine) {
-    const int place = atomicAdd(p.row_counts + problem, 1);
-    p.row_lists[static_cast<int64_t>(problem) * tokens + place] = token;
+  int* const list = p.row_lists + static_cast<int64_t>(problem) * tokens;
+  if (p.ordered) {
+    list[token] = refine ? 1 : 0;
+  } else if (refine) {
+    list[atomicAdd(p.row_counts + problem, 1)] = token;
   }
+}
+
+/// Makes lists of rows out of their marks, in place. A warp serves a head: what it writes it has read.
+__global__ void __launch_bounds__(32) order_rows_kernel(const __grid_constant__ FinishForwardParams p) {
+  const int problem = static_cast<int>(blockIdx.x);
+  const int tokens = p.visibility.rows;
+  const int lane = static_cast<int>(threadIdx.x);
+  int* const list = p.row_lists + static_cast<int64_t>(problem) * tokens;
+  int count = 0;
+#pragma unroll 4
+  for (int first = 0; first < tokens; first += 32) {
+    const bool listed = first + lane < tokens && list[first + lane] != 0;
+    const uint32_t lanes = __ballot_sync(0xffffffffu, listed);
+    if (listed) list[count + __popc(lanes & ((1u << lane) - 1))] = first + lane;
+    count += __popc(lanes);
+  }
+  if (lane == 0) p.row_counts[problem] = count;
 }
 
 // The gradient's elements that a thread, and a block, take: whole chunks of 16 bytes of the result. A vector is made of
@@ -165,7 +184,10 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t finish_forward(const FinishForwardParams& params, cudaStream_t stream) {
   const int64_t rows = int64_t{params.batch} * params.heads * params.visibility.rows;
-  return launch_blocks(finish_forward_kernel, params, (rows + kThreads - 1) / kThreads, kThreads, 0, stream);
+  const cudaError_t error =
+      launch_blocks(finish_forward_kernel, params, (rows + kThreads - 1) / kThreads, kThreads, 0, stream);
+  if (error != cudaSuccess || !params.ordered) return error;
+  return launch_blocks(order_rows_kernel, params, int64_t{params.batch} * params.heads, 32, 0, stream);
 }
 
 cudaError_t finish_backward(const FinishBackwardParams& params, cudaStream_t stream) {

@@ -139,6 +139,7 @@ class Forward {
     uint8_t seen[kSlabs][kChunkGroups];
     Sums of_columns[2 * kChunkGroups];
     if (on_diagonal) {
+      write_own(student, teacher, tile);
       see_others(seen, tile);
       add_chunk<false, true>(student, teacher, rows_, column, seen, factors_, sums_, of_columns);
     } else if (!with_columns) {
@@ -150,6 +151,22 @@ class Forward {
       to[0] = sums.mass;
       to[kTile] = sums.moment;
       to[2 * kTile] = sums.phi;
+    }
+  }
+
+  __device__ void write_own(const Products& student, const Products& teacher, int tile) const {
+    OwnLogit* const own = p_.own + static_cast<int64_t>(problem_) * p_.tokens;
+#pragma unroll
+    for (int m = 0; m < kSlabs; ++m) {
+#pragma unroll
+      for (int n = 0; n < kChunkGroups; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int row = row_of(m, c / 2);
+          if (tile * kTile + mma::column_of(n, c) != row || row >= p_.tokens) continue;
+          own[row] = factors_.own_logit(student[m][n][c], teacher[m][n][c]);
+        }
+      }
     }
   }
 

@@ -12,7 +12,8 @@ struct alignas(8) ForwardToken {
   float weight;  ///< 2^(t_ii / 2 - center): E_ij weight_j is row i's term, E_ij weight_i is row j's. 0: no such token
 };
 
-/// The logit of a token with itself, in the forward's last step.
+/// The logit of a token with itself, in the forward's last step. The kernels write it again, as the tensor cores round
+/// it: they cut off, which moves a row's logits one way, and what moves all of them alike leaves the row as it is.
 struct alignas(8) OwnLogit {
   float teacher;     ///< t_ii
   float difference;  ///< s_ii - t_ii
@@ -65,6 +66,7 @@ struct TriangularForwardParams {
   const ForwardToken* token_values;  ///< [B H, N]
   const int* wide_heads;             ///< [B H] 1: left to the dense kernels
   float* sums;                       ///< [B H, kSums, N], zero before
+  OwnLogit* own;                     ///< [B H, N] of heads that are not wide: written
 };
 
 struct TriangularBackwardParams {
@@ -119,6 +121,7 @@ struct FinishForwardParams {
   float* lse_teacher;  ///< likewise
   int* row_counts;     ///< [B H] rows listed, zero before
   int* row_lists;      ///< [B H, N]
+  bool ordered;        ///< list rows in their order: which of them are computed together is the same in every run
 };
 
 /// Before the backward: values of the tokens, and zeros for what the steps after it add to.

@@ -431,12 +431,15 @@ ExecutionPlan relation_plan(const RelationArguments& arguments) {
                                        problem.batch() * problem.keys() + 4 * kRounding
                                  : 0;
   const int64_t marks = (1 + problems * blocks(problem.rows(), kRedoRows)) * 4 + kRounding;
+  // Norms of double inputs decide on their scaling: with padding, a number of each token.
+  const int64_t token_count = problem.batch() * problem.heads() * std::max(problem.rows(), problem.keys());
+  const int64_t norms = float64 ? (problem.memory.visibility.row_mask ? 4 * token_count * 8 : 0) + 128 * kRounding : 0;
   const bool centers = problem.divergence != linearard::Divergence::kForwardKL;
   const TriangularWorkspace triangular = triangular_workspace(problem);
-  plan.workspace_bytes_forward = visibility + (float64 ? kRounding : marks) + triangular.forward;
+  plan.workspace_bytes_forward = visibility + (float64 ? norms : marks) + triangular.forward;
   plan.workspace_bytes_backward =
       visibility + (centers ? 3 * (row_count * (float64 ? 8 : 4) + kRounding) : 0) +
-      (float64 ? kRounding : marks + std::max((centers ? 3 : 2) * (row_count * 8 + kRounding), triangular.backward)) +
+      (float64 ? norms : marks + std::max((centers ? 3 : 2) * (row_count * 8 + kRounding), triangular.backward)) +
       2 * kRounding;
   plan.instruction_set = !tensor_cores          ? "fused multiply-add"
                          : triangular.on_hopper ? "tensor cores (wgmma)"

@@ -133,13 +133,14 @@ std::optional<ListedRows> triangular_forward(const Problem& problem, const RowTe
   params.token_values = token_values;
   params.wide_heads = wide_heads;
   params.sums = sums;
+  params.own = own;
   check_launch(
       runs_on_hopper(params) ? launch_triangular_forward_sm90(params, stream) : triangular::forward(params, stream),
       kAction, device);
   check_launch(triangular::finish_forward(
                    {params.batch, params.heads, problem.memory.visibility, params.factors, token_values, own, centers,
                     wide_heads, sums, to.kl.mutable_data_ptr<float>(), to.lse_student.mutable_data_ptr<float>(),
-                    to.lse_teacher.mutable_data_ptr<float>(), counts, lists},
+                    to.lse_teacher.mutable_data_ptr<float>(), counts, lists, problem.deterministic},
                    stream),
                kAction, device);
   return ListedRows{arena.memory(), counts, lists, redo};

@@ -95,15 +95,21 @@ Rows run_forward(const KernelProblem& problem, Traversal traversal) {
   params.token_values = values;
   params.wide_heads = wide_heads.const_data_ptr<int>();
   params.sums = sums.mutable_data_ptr<float>();
+  params.own = own_logits;
+  const bool ordered = traversal == Traversal::kRows;
   EXPECT_EQ(launch(params), cudaSuccess);
   EXPECT_EQ(cuda::triangular::finish_forward(
                 {params.batch, params.heads, problem.memory.visibility, params.factors, values, own_logits,
                  centers.const_data_ptr<float>(), params.wide_heads, params.sums, result.kl.mutable_data_ptr<float>(),
                  result.lse_student.mutable_data_ptr<float>(), result.lse_teacher.mutable_data_ptr<float>(),
-                 counts.mutable_data_ptr<int>(), lists.mutable_data_ptr<int>()},
+                 counts.mutable_data_ptr<int>(), lists.mutable_data_ptr<int>(), ordered},
                 nullptr),
             cudaSuccess);
   const auto listed = counts.sum().item<int64_t>();
+  for (int64_t problem_index = 0; ordered && problem_index < problems; ++problem_index) {
+    const at::Tensor list = lists[problem_index].narrow(0, 0, counts[problem_index].item<int64_t>());
+    EXPECT_TRUE(list.numel() < 2 || (list.diff() > 0).all().item<bool>());
+  }
   if (listed > 0) {
     cuda::ForwardParams dense = testing::forward_params(problem, result);
     dense.row_counts = counts.const_data_ptr<int>();

@@ -130,8 +130,12 @@ TEST_P(TriangularSm90, Forward) {
   auto params = params_of<cuda::TriangularForwardParams>(r, p, wide);
   params.token_values = reinterpret_cast<const ForwardToken*>(values.const_data_ptr<float>());
   params.sums = sums.mutable_data_ptr<float>();
+  const at::Tensor own_logits = at::full({r.batch * r.heads, r.tokens, 2}, NAN, at::kFloat);
+  params.own = reinterpret_cast<cuda::OwnLogit*>(own_logits.mutable_data_ptr<float>());
   ASSERT_EQ(launch(r, params), cudaSuccess);
 
+  EXPECT_LT((own_logits.select(2, 0).to(at::kDouble) - own).abs().max().item<double>(), 1e-4);
+  EXPECT_LT((own_logits.select(2, 1).to(at::kDouble) - p.x.diagonal(0, 1, 2)).abs().max().item<double>(), 1e-4);
   const at::Tensor bias = values.select(2, 0).to(at::kDouble);
   const at::Tensor weight = values.select(2, 1).to(at::kDouble);
   const at::Tensor others = visible_pairs(r) - at::eye(r.tokens, at::kDouble);
@@ -211,6 +215,8 @@ TEST(TriangularSm90Heads, WideHeadsAreLeftAlone) {
   auto forward = params_of<cuda::TriangularForwardParams>(r, p, wide);
   forward.token_values = reinterpret_cast<const ForwardToken*>(values.const_data_ptr<float>());
   forward.sums = sums.mutable_data_ptr<float>();
+  const at::Tensor own_logits = at::empty({r.heads, r.tokens, 2}, at::kFloat);
+  forward.own = reinterpret_cast<cuda::OwnLogit*>(own_logits.mutable_data_ptr<float>());
   ASSERT_EQ(launch(r, forward), cudaSuccess);
   EXPECT_NE(sums[0].abs().sum().item<float>(), 0);
   EXPECT_EQ(sums[1].abs().sum().item<float>(), 0);

@@ -152,9 +152,9 @@ def command_of(suite: str) -> list[str]:
     """The program that runs a suite."""
     suite = tool_of(suite)
     if suite == "googletest":
-        return ["ctest", "--test-dir", str(BUILD), "--output-on-failure", "--no-tests=error"]
+        return ["ctest", "--test-dir", str(BUILD), "--parallel", "8", "--output-on-failure", "--no-tests=error"]
     if suite == "pytest":
-        parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+        parallel = ["-n", str(min(os.cpu_count() or 1, 16))] if importlib.util.find_spec("xdist") else []
         return [sys.executable, "-m", "pytest", "-q", *parallel, str(ROOT / "tests" / "python")]
     # The other tools need to know our kernels only; initcheck must see who else writes into memory.
     ours = [] if suite == "initcheck" else ["--kernel-regex", "kns=linearard"]

@@ -100,7 +100,7 @@ def run(arguments: Sequence[str]) -> None:
         options.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir {options.output_dir}: {error.strerror}") from None
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)
 
     g = measure.matrix_rate(device, dtype, options.min_seconds)
