@@ -104,8 +104,13 @@ struct BackwardParams {
   bool wide_grad;
   bool wide_statistics;
   const float* largest_grad;  ///< max |grad_kl|, for half only: keeps H inside its range
-  void* gradient;             ///< [B, heads, owners, dim] contiguous, of the student's type
-  const int* only_heads;      ///< [B heads] 0: not this one; null: all
+  /// Pair form and forward KL, generic kernels: of each row [B, row heads, rows] the key with most of its probability
+  /// (-1: none) and that key's G, which is minus the sum of the row's others. The rows' gradient writes, the keys'
+  /// reads. Null: not wanted.
+  int* dominant_keys;
+  double* dominant_gradients;
+  void* gradient;         ///< [B, heads, owners, dim] contiguous, of the student's type
+  const int* only_heads;  ///< [B heads] 0: not this one; null: all
   RedoMarks redo;
 };
 

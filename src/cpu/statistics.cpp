@@ -101,7 +101,9 @@ RowReference<Real> RowVectors<Real>::reference(int64_t row, bool with_gradient) 
           with_gradient ? weight.data() + row : nullptr,
           with_gradient ? mean.data() + row : nullptr,
           sum.data() + row,
-          probability.data() + row};
+          probability.data() + row,
+          nullptr,
+          0};
 }
 
 template <typename Real>

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
@@ -192,6 +193,11 @@ class BackwardCall {
         grad_kl_(contiguous_as(grad_kl, dtype_)),
         lse_student_(contiguous_as(lse_student, dtype_)),
         lse_teacher_(contiguous_as(lse_teacher, dtype_)) {
+    if (!problem_.relation && problem_.divergence == linearard::Divergence::kForwardKL) {
+      const at::Tensor like = row_tensor(problem_, at::kInt);
+      dominant_keys_ = at::full(like.sizes(), -1, like.options());
+      dominant_gradients_ = row_tensor(problem_, at::kDouble);
+    }
     if (problem_.divergence != linearard::Divergence::kForwardKL) {
       center_ = row_tensor(problem_, dtype_);
       const RowTensors to{center_, row_tensor(problem_, dtype_), row_tensor(problem_, dtype_)};
@@ -217,7 +223,8 @@ class BackwardCall {
     return run(params, problem_.student_rows);
   }
 
-  /// Gradient of the keys of the pair form, summed over the rows' heads that share them.
+  /// Gradient of the keys of the pair form, summed over the rows' heads that share them. After rows(), whose kernels
+  /// leave the dominant keys.
   at::Tensor keys() const {
     BackwardParams params = parameters();
     const int64_t heads = problem_.heads();
@@ -240,6 +247,8 @@ class BackwardCall {
   at::Tensor grad_kl_;
   at::Tensor lse_student_;
   at::Tensor lse_teacher_;
+  at::Tensor dominant_keys_;
+  at::Tensor dominant_gradients_;
   at::Tensor center_;
   at::Tensor largest_grad_;
 
@@ -258,6 +267,10 @@ class BackwardCall {
     params.student_multiplier = float64_ ? form_.student_multiplier : 1;
     params.teacher_multiplier = float64_ ? form_.teacher_multiplier : 1;
     params.difference_ratio = difference_ratio(problem_);
+    if (dominant_keys_.defined()) {
+      params.dominant_keys = dominant_keys_.mutable_data_ptr<int>();
+      params.dominant_gradients = dominant_gradients_.mutable_data_ptr<double>();
+    }
     params.gradient_multiplier = float64_ ? form_.gradient_multiplier : 1;
     params.output_scale = output_scale_;
     params.divergence = kernel_divergence(problem_.divergence);

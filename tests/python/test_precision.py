@@ -180,6 +180,19 @@ def test_rows_of_large_logits(device, scale_teacher):
     assert_rows_close(kl, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradient_of_saturated_attention_maps(device, dtype):
+    """A row that one key has wholly: its gradient is smaller than the rounding of the log-sum-exps."""
+    teacher = [realistic(1, 1, 60, HEAD_DIM, seed=39, device=device)] * 2
+    student = [(x * (1.0 + 1e-6)).to(dtype) for x in teacher]
+    teacher = [x.to(dtype) for x in teacher]
+    expected = expected_attention((*student, *teacher))
+    kl, lse_student, lse_teacher = ops.attention_kl_forward(*student, *teacher)
+    gradients = ops.attention_kl_backward(torch.ones_like(kl), *student, *teacher, lse_student, lse_teacher)
+    for gradient, exact, floor in zip(gradients, expected.gradients, expected.gradient_floors, strict=True):
+        assert_gradient_close(gradient, exact, floor / 20.0)
+
+
 def test_mean_over_a_head_is_exact_to_a_hundred_thousandth(device):
     """The errors of the rows are independent: the scalar that training sees is far more exact than a row."""
     teacher = realistic(1, HEADS, TOKENS, HEAD_DIM, seed=21, device=device)
