@@ -148,8 +148,8 @@ class Backward {
     Real delta[kPer][kPer];
     const Products<Real> products{
         side_of(p_.owner_student, p_.other_student, head, p_.student_multiplier, p_.scale_student),
-        side_of(p_.owner_teacher, p_.other_teacher, head, p_.teacher_multiplier, p_.scale_teacher), p_.difference_ratio,
-        false};
+        side_of(p_.owner_teacher, p_.other_teacher, head, p_.teacher_multiplier, p_.scale_teacher),
+        p_.difference_ratios == nullptr ? p_.difference_ratio : p_.difference_ratios[row_head(head)], false};
     logits_of_tile(teacher, delta, shared_.staged, products, {first_, owners_, owner_mask_},
                    {other, others_, other_mask_});
     weigh(teacher, delta, other);
