@@ -25,6 +25,9 @@ cudaError_t backward_in_double(const BackwardParams& params, Blocks blocks, cuda
 
 cudaError_t mean(const MeanParams& params, cudaStream_t stream);
 
+/// Before the generic kernels of inputs that are not float64, where the scales allow the difference form.
+cudaError_t measure_closeness(const ClosenessParams& params, cudaStream_t stream);
+
 /// Tiles of a call, for the plan.
 struct TileShape {
   int rows;

@@ -59,8 +59,9 @@ struct ForwardParams {
   double scale_teacher;
   double student_multiplier;  ///< power of two on the vectors against overflow of double products, else 1
   double teacher_multiplier;
-  double difference_ratio;  ///< generic kernels: see generic/tiles.cuh; 0: none
-  bool teacher_only;        ///< only lse_teacher is wanted: the student is not read
+  double difference_ratio;          ///< generic kernels: see generic/tiles.cuh; 0: none
+  const double* difference_ratios;  ///< [B, heads] what takes its place, by head; null: nothing
+  bool teacher_only;                ///< only lse_teacher is wanted: the student is not read
   Divergence divergence;
   double beta;
   bool center;        ///< write E_Q[log Q / P] (reverse KL) or E_Q[log Q / M] (JSD) instead of the divergence
@@ -93,8 +94,9 @@ struct BackwardParams {
   double student_multiplier;
   double teacher_multiplier;
   double difference_ratio;
-  double gradient_multiplier;  ///< on grad_kl
-  double output_scale;         ///< on the sum
+  const double* difference_ratios;  ///< [B, row heads]
+  double gradient_multiplier;       ///< on grad_kl
+  double output_scale;              ///< on the sum
   Divergence divergence;
   double beta;
   const void* grad_kl;      ///< [B, row heads, rows] float, or double where `wide_grad`
@@ -104,9 +106,28 @@ struct BackwardParams {
   bool wide_grad;
   bool wide_statistics;
   const float* largest_grad;  ///< max |grad_kl|, of any sign, for half only: keeps H inside its range
-  void* gradient;             ///< [B, heads, owners, dim] contiguous, of the student's type
-  const int* only_heads;      ///< [B heads] 0: not this one; null: all
+  /// Pair form and forward KL, generic kernels: of each row [B, row heads, rows] the key with most of its probability
+  /// (-1: none) and that key's G, which is minus the sum of the row's others. The rows' gradient writes, the keys'
+  /// reads. Null: not wanted.
+  int* dominant_keys;
+  double* dominant_gradients;
+  void* gradient;         ///< [B, heads, owners, dim] contiguous, of the student's type
+  const int* only_heads;  ///< [B heads] 0: not this one; null: all
   RedoMarks redo;
+};
+
+/// Heads whose student and teacher are far apart get s and t apart, although the scales allow the difference form.
+struct ClosenessParams {
+  Vectors student_rows;
+  Vectors student_keys;
+  Vectors teacher_rows;
+  Vectors teacher_keys;
+  int batch;
+  int heads;  ///< of the rows
+  Visibility visibility;
+  bool relation;              ///< rows and keys are the same
+  double difference_ratio;    ///< that the scales allow, not 0
+  double* difference_ratios;  ///< [B, heads]: this, or 0
 };
 
 /// Boundaries of packed sequences and masks become ranges.

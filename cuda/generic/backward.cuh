@@ -25,6 +25,8 @@ struct alignas(16) BackwardShared {
   RowValues<Real> owners[kTile];
   RowValues<Real> others[kTile];
   Range other_keys[kTile];
+  int dominant_keys[kTile];
+  Real dominant_gradients[kTile];
   int scratch[2];
   int block;  ///< the one of the grid that is computed
 };
@@ -81,6 +83,10 @@ class Backward {
   const uint8_t* const other_mask_;
   Real gradient_[kPer][kSlicePer] = {};
   Real row_sum_[kPer] = {};
+  int dominant_[kPer] = {-1, -1, -1, -1};  ///< of the pair form's rows: the key with most of the probability
+
+  /// Whether a row's G of the key with most of its probability follows from the others, as G_ii of a relation does.
+  __device__ bool balances() const { return p_.dominant_keys != nullptr && p_.row_term != p_.column_term; }
 
   __device__ const uint8_t* mask_of(const uint8_t* mask, int count) const {
     return mask == nullptr ? nullptr : mask + static_cast<int64_t>(batch_) * count;
@@ -132,13 +138,19 @@ class Backward {
       const Range keys = keys_of_row(p_.visibility, batch_, other + thread);
       shared_.others[thread] = read_row(row_head(head), other + thread, keys.count);
       shared_.other_keys[thread] = keys;
+      shared_.dominant_keys[thread] = -1;
+      if (balances() && other + thread < others_) {
+        const int64_t at = row_head(head) * p_.visibility.rows + other + thread;
+        shared_.dominant_keys[thread] = p_.dominant_keys[at];
+        shared_.dominant_gradients[thread] = static_cast<Real>(p_.dominant_gradients[at]);
+      }
     }
     Real teacher[kPer][kPer];
     Real delta[kPer][kPer];
     const Products<Real> products{
         side_of(p_.owner_student, p_.other_student, head, p_.student_multiplier, p_.scale_student),
-        side_of(p_.owner_teacher, p_.other_teacher, head, p_.teacher_multiplier, p_.scale_teacher), p_.difference_ratio,
-        false};
+        side_of(p_.owner_teacher, p_.other_teacher, head, p_.teacher_multiplier, p_.scale_teacher),
+        p_.difference_ratios == nullptr ? p_.difference_ratio : p_.difference_ratios[row_head(head)], false};
     logits_of_tile(teacher, delta, shared_.staged, products, {first_, owners_, owner_mask_},
                    {other, others_, other_mask_});
     weigh(teacher, delta, other);
@@ -156,9 +168,13 @@ class Backward {
             static_cast<Real>(scale * B::kUnit)};
   }
 
+  /// Log P, in logit units, of a key with more than 0.55 of a row: rounding does not find a second one.
+  static constexpr Real kDominant = static_cast<Real>(-0.6 * B::kUnit);
+
   /// Writes H to shared memory.
   __device__ void weigh(const Real (&teacher)[kPer][kPer], const Real (&deltas)[kPer][kPer], int other) {
     const bool relation = p_.row_term && p_.column_term;
+    const bool balances = this->balances();
     const int thread = anew(static_cast<int>(threadIdx.x));
     const int row = thread / 16 * kPer;
     const int column = thread % 16 * kPer;
@@ -176,14 +192,20 @@ class Backward {
                             !(relation && token == owner);
         if (p_.row_term && counts && token >= keys.begin && token < keys.end) {
           const RowValues<Real>& values = shared_.owners[row + a];
-          h = values.weight * logit_gradient(values, teacher[a][b], delta);
-          row_sum_[a] += h;
+          if (balances && teacher[a][b] - values.lse_teacher > kDominant) {
+            dominant_[a] = token;
+          } else {
+            h = values.weight * logit_gradient(values, teacher[a][b], delta);
+            row_sum_[a] += h;
+          }
         }
         if (p_.column_term && counts) {
           const Range& seen = shared_.other_keys[column + b];
           if (owner >= seen.begin && owner < seen.end) {
             const RowValues<Real>& values = shared_.others[column + b];
-            h += values.weight * logit_gradient(values, teacher[a][b], delta);
+            h += shared_.dominant_keys[column + b] == owner
+                     ? shared_.dominant_gradients[column + b]
+                     : values.weight * logit_gradient(values, teacher[a][b], delta);
           }
         }
         shared_.h[column + b][row + a] = h;
@@ -251,8 +273,21 @@ class Backward {
     return x > l ? l : (x < -l ? -l : x);
   }
 
+  /// The key of row `token` whose G is `rest`, -1 where there is none; for the keys' gradient as well.
+  __device__ int balanced_key(int a, int token, Real rest) const {
+    if (!balances() || !p_.row_term) return -1;
+    const int key = maximum_of_row(dominant_[a]);
+    if (slice_ == 0 && threadIdx.x % 16 == 0 && token < owners_) {
+      const int64_t at = head_of_all_ * owners_ + token;
+      p_.dominant_keys[at] = key;
+      p_.dominant_gradients[at] = rest;
+    }
+    return key;
+  }
+
   __device__ void write() {
     const bool relation = p_.row_term && p_.column_term;
+    const int64_t other_offset = offset_of_head(p_.other_student, batch_, head_);
     const int thread = anew(static_cast<int>(threadIdx.x));
     const int row = thread / 16 * kPer;
     const int lane = thread % 16;
@@ -260,9 +295,11 @@ class Backward {
     const int64_t own_offset = offset_of_head(p_.owner_student, batch_, head_ * p_.other_heads);
 #pragma unroll
     for (int a = 0; a < kPer; ++a) {
+      const Real rest = -sum_of_row(row_sum_[a]);
       // G_ii is minus the sum of the row's others, and counts twice: as a row and as a key.
-      const Real own = relation ? -2 * sum_of_row(row_sum_[a]) : Real(0);
+      const Real own = relation ? 2 * rest : Real(0);
       const int token = first_ + row + a;
+      const int dominant = balanced_key(a, token, rest);
       if (token >= owners_) continue;
       const bool real = is_real(owner_mask_, owners_, 0, token);
 #pragma unroll
@@ -275,6 +312,12 @@ class Backward {
               read_element<Real>(p_.owner_student, own_offset + token * p_.owner_student.token_stride + d) *
               static_cast<Real>(p_.student_multiplier);
           x += own * (isfinite(element) ? element : Real(0));
+        }
+        if (dominant >= 0) {
+          const Real element =
+              read_element<Real>(p_.other_student, other_offset + dominant * p_.other_student.token_stride + d) *
+              static_cast<Real>(p_.student_multiplier);
+          x += rest * (isfinite(element) ? element : Real(0));
         }
         x = real ? x * static_cast<Real>(p_.output_scale) : Real(0);
         store((head_of_all_ * owners_ + token) * dim + d, x);

@@ -20,7 +20,8 @@ class Forward {
         first_(static_cast<int>(block % blocks_) * kTile),
         key_mask_(p.visibility.key_mask == nullptr
                       ? nullptr
-                      : p.visibility.key_mask + static_cast<int64_t>(batch_) * p.visibility.keys) {}
+                      : p.visibility.key_mask + static_cast<int64_t>(batch_) * p.visibility.keys),
+        difference_ratio_(p.difference_ratios == nullptr ? p.difference_ratio : p.difference_ratios[head_of_all_]) {}
 
   __device__ void run(Staged<Real>& staged, int* scratch) {
     const int thread = static_cast<int>(threadIdx.x);
@@ -51,6 +52,7 @@ class Forward {
   const int head_;
   const int first_;
   const uint8_t* const key_mask_;
+  const double difference_ratio_;
   Range ranges_[kPer];
   RowSums<Real> sums_[kPer];
   Real lse_student_[kPer];  ///< in logit units
@@ -64,7 +66,7 @@ class Forward {
     const Visibility& v = p_.visibility;
     const Products<Real> products{side_of(p_.student_rows, p_.student_keys, p_.student_multiplier, p_.scale_student),
                                   side_of(p_.teacher_rows, p_.teacher_keys, p_.teacher_multiplier, p_.scale_teacher),
-                                  p_.difference_ratio, p_.teacher_only};
+                                  difference_ratio_, p_.teacher_only};
     logits_of_tile(teacher_, delta_, staged, products, {first_, v.rows, nullptr}, {other, v.keys, key_mask_});
   }
 

@@ -195,11 +195,13 @@ __device__ Real sum_of_row(Real x) {
     x += __shfl_xor_sync(0xffffffffu, x, lane);
   return x;
 }
-template <typename Real>
-__device__ Real maximum_of_row(Real x) {
+template <typename Number>
+__device__ Number maximum_of_row(Number x) {
 #pragma unroll
-  for (int lane = 1; lane < 16; lane *= 2)
-    x = fmax(x, __shfl_xor_sync(0xffffffffu, x, lane));
+  for (int lane = 1; lane < 16; lane *= 2) {
+    const Number other = __shfl_xor_sync(0xffffffffu, x, lane);
+    x = other > x ? other : x;
+  }
   return x;
 }
 

@@ -3,6 +3,7 @@
 
 #include "../common/launch.cuh"
 #include "../generic/backward.cuh"
+#include "../generic/closeness.cuh"
 #include "../generic/forward.cuh"
 #include "generic.h"
 
@@ -44,3 +45,12 @@ template cudaError_t launch_backward<float>(const BackwardParams&, Blocks, cudaS
 template cudaError_t launch_backward<double>(const BackwardParams&, Blocks, cudaStream_t);
 
 }  // namespace linearard::cuda::generic
+
+namespace linearard::cuda {
+
+cudaError_t measure_closeness(const ClosenessParams& params, cudaStream_t stream) {
+  const int64_t heads = static_cast<int64_t>(params.batch) * params.heads;
+  return launch_blocks(generic::closeness_kernel, params, heads, generic::kThreads, 0, stream);
+}
+
+}  // namespace linearard::cuda

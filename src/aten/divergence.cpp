@@ -182,6 +182,15 @@ at::Tensor gradient_of_block(const DivergenceOptions& options,
   at::Tensor gradient =
       logit_gradient(options, block.teacher - lse_teacher.unsqueeze(-1), block.delta - lse_difference.unsqueeze(-1));
   if (block.invisible.defined()) gradient.masked_fill_(block.invisible, 0);
+  // A row sums to zero. The own key of a relation, and a key that has most of its row, is minus the sum of the others:
+  // a difference of the log-sum-exps' roundings would otherwise stand there, and in a saturated row it is larger than
+  // the gradient.
+  if (diagonal < 0 && options.divergence == Divergence::kForwardKL) {
+    const auto [largest, key] = block.teacher.max(-1, true);
+    const at::Tensor dominant = largest - lse_teacher.unsqueeze(-1) > -0.6;  // P above 0.55: no other one beside it
+    const at::Tensor rest = gradient.sum(-1, true).masked_fill_(dominant.logical_not(), 0);
+    gradient.scatter_(-1, key, gradient.gather(-1, key).sub_(rest));
+  }
   if (diagonal >= 0) {
     at::Tensor own = gradient.diagonal(diagonal, -2, -1);
     own.zero_();

@@ -106,20 +106,24 @@ std::vector<RowVectors<Real>> load_vectors(const AttentionCall& call,
   return vectors;
 }
 
-/// dQ = G K and dK = G^T Q over all tiles of a group, without scale.
+/// For each row of each head the key that has most of its probability, -1 where none has.
+using DominantKeys = std::vector<std::vector<int64_t>>;
+
+/// dQ = G K and dK = G^T Q over all tiles of a group, without scale; vectors[head].sum collects the row sums of G.
 template <typename Real>
-void accumulate_gradients(const AttentionCall& call,
-                          const HeadGroup& group,
-                          const PackedGroup& packed,
-                          const TileBuffers& buffers,
-                          std::vector<RowVectors<Real>>& vectors,
-                          const std::vector<BlockedMatrix>& grad_queries,
-                          const BlockedMatrix& grad_keys) {
+DominantKeys accumulate_gradients(const AttentionCall& call,
+                                  const HeadGroup& group,
+                                  const PackedGroup& packed,
+                                  const TileBuffers& buffers,
+                                  std::vector<RowVectors<Real>>& vectors,
+                                  const std::vector<BlockedMatrix>& grad_queries,
+                                  const BlockedMatrix& grad_keys) {
   const int64_t row_blocks = call.row_blocks(group);
   const int64_t all_row_blocks = group.heads * row_blocks;
   const int64_t column_blocks = call.column_blocks(group);
   const Gradient gradient = gradient_kind(call.arguments.divergence);
   const int64_t rounds = std::max(all_row_blocks, column_blocks);
+  DominantKeys dominant(vectors.size(), std::vector<int64_t>(group.sequence->queries->length, -1));
   std::vector<TileTask> tasks;
   for (int64_t round = 0; round < rounds; ++round) {
     tasks.clear();
@@ -129,7 +133,10 @@ void accumulate_gradients(const AttentionCall& call,
       const int64_t head = task.problem;
       visit_tile<Real>(call, group, packed, {head, task.row_block, task.column_block}, buffers,
                        [&](const LogitTile<Real>& logits) {
-                         RowReference<Real> rows = vectors[head].reference(task.row_block * call.tile_rows, true);
+                         const int64_t first_row = task.row_block * call.tile_rows;
+                         RowReference<Real> rows = vectors[head].reference(first_row, true);
+                         rows.dominant = dominant[head].data() + first_row;
+                         rows.first_key = task.column_block * call.tile_rows;
                          tile_kernels<Real>().gradient(gradient, TileKind::kRows,
                                                        static_cast<Real>(call.arguments.beta), logits.tile, rows, rows);
                          grad_queries[head].blocks[task.row_block].addmm_(
@@ -138,6 +145,38 @@ void accumulate_gradients(const AttentionCall& call,
                              logits.teacher.t(), packed.queries[head].gradient.blocks[task.row_block]);
                        });
     });
+  }
+  return dominant;
+}
+
+/// A row of G sums to zero. Where one key has most of the row, its G is minus the sum of the others: a difference of
+/// the log-sum-exps' roundings would otherwise stand there, and in a saturated row it is larger than the gradient.
+template <typename Real>
+void balance_rows(const PackedGroup& packed,
+                  const DominantKeys& dominant,
+                  const std::vector<RowVectors<Real>>& vectors,
+                  const std::vector<BlockedMatrix>& grad_queries,
+                  const BlockedMatrix& grad_keys) {
+  const auto row_of = [](const at::Tensor& matrix, int64_t row) {
+    return static_cast<Real*>(matrix.data_ptr()) + row * matrix.stride(0);
+  };
+  for (size_t head = 0; head < dominant.size(); ++head) {
+    const at::Tensor& queries = packed.queries[head].gradient.whole;
+    const at::Tensor& keys = packed.keys[head]->gradient.whole;
+    for (size_t i = 0; i < dominant[head].size(); ++i) {
+      const int64_t key_index = dominant[head][i];
+      if (key_index < 0) continue;
+      const auto row = static_cast<int64_t>(i);
+      const Real rest = -vectors[head].sum[i];
+      const Real* query = row_of(queries, row);
+      const Real* key = row_of(keys, key_index);
+      Real* grad_query = row_of(grad_queries[head].whole, row);
+      Real* grad_key = row_of(grad_keys.whole, key_index);
+      for (int64_t d = 0; d < keys.size(1); ++d) {
+        grad_query[d] += rest * key[d];
+        grad_key[d] += rest * query[d];
+      }
+    }
   }
 }
 
@@ -162,7 +201,9 @@ void backward_groups(const AttentionCall& call,
       grad_queries.emplace_back(at::zeros({queries.length, dimension}, call.form.compute), call.tile_rows);
     }
     const BlockedMatrix grad_keys(at::zeros({keys.length, dimension}, call.form.compute), call.tile_rows);
-    accumulate_gradients<Real>(call, group, packed, buffers, vectors, grad_queries, grad_keys);
+    const DominantKeys dominant =
+        accumulate_gradients<Real>(call, group, packed, buffers, vectors, grad_queries, grad_keys);
+    balance_rows<Real>(packed, dominant, vectors, grad_queries, grad_keys);
     for (int64_t head = 0; head < group.heads; ++head) {
       put_rows(call.query_rows(grad_query, group, head), queries,
                saturating_cast(grad_queries[head].whole.mul_(scale).div_(call.form.gradient_multiplier),

@@ -74,7 +74,7 @@ std::vector<std::vector<RowResult>> attention_statistics(const AttentionCall& ca
     std::vector<RowResult>& finished = results.emplace_back();
     finished.reserve(statistics[head].size());
     for (const RowStatistics& row : statistics[head])
-      finished.push_back(finish_row(row));
+      finished.push_back(finish_row(row, kUnitRoundoff<Real>));
     refine_rows(
         call.form, packed.queries[head], *packed.keys[head], [&](int64_t row) { return group.sequence->visible[row]; },
         finished);

@@ -146,7 +146,7 @@ std::vector<std::vector<RowResult>> group_statistics(const RelationCall& call,
     std::vector<RowResult>& finished = results.emplace_back();
     finished.reserve(statistics[i].size());
     for (const RowStatistics& row : statistics[i])
-      finished.push_back(finish_row(row));
+      finished.push_back(finish_row(row, kUnitRoundoff<Real>));
     if (call.arguments.lse_teacher) continue;
     const bool causal = call.arguments.causal;
     const int64_t length = operands[i].length;

@@ -31,14 +31,21 @@ double minus_log1p(double a) {
   return 2 * (square / (1 - z) - sum);
 }
 
-/// Below it the direct sum, which is good to a few 1e-7 nats in float, is not good enough.
-constexpr double kSmallDivergence = 0.1;
-/// Of the sum of phi: what is left loses as many digits as this is small.
-constexpr double kLeastRest = 1e-5;
+/// Error that the project promises of a row, by the precision of its tiles; less near zero, where that is 1e-7.
+double promised_error(double kl, double unit_roundoff) {
+  if (unit_roundoff < kUnitRoundoff<float>) return 1e-9 * kl;
+  return kl >= 1e-3 ? 1e-4 * kl : std::max(1e-2 * kl, 1e-9);
+}
+
+/// Whether a divergence that was formed out of larger numbers may have lost more than half of what is promised.
+/// @param roundings of numbers of that size
+bool loses_digits(double kl, double size, double roundings, double unit_roundoff) {
+  return roundings * unit_roundoff * size > promised_error(kl, unit_roundoff) / 2;
+}
 
 }  // namespace
 
-RowResult finish_row(const RowStatistics& row) {
+RowResult finish_row(const RowStatistics& row, double unit_roundoff) {
   if (!row.started) return {0, 0, 0, 0, false};
   const double lse_teacher = row.max_teacher + std::log(row.sum_teacher);
   const double lse_student = row.max_student + std::log(row.sum_student);
@@ -51,12 +58,20 @@ RowResult finish_row(const RowStatistics& row) {
   const double tolerance = 1e-3 + 1e-6 * (std::abs(lse_student) + std::abs(lse_teacher));
   if (std::abs(a) < 0.5 && std::abs(difference - direct_difference) <= tolerance) {
     const double kl = mean_phi - minus_log1p(a);
-    // Hardly anything left of the sum: the shift was not close enough for so small a divergence.
-    return {kl, lse_teacher, lse_teacher + difference, difference, kl < kLeastRest * mean_phi};
+    // Little left of the sum: the shift was not close enough for so small a divergence. A term of the sum is a weight
+    // times phi, each good to about three units, and the sum to two more; 4 have been measured of what is left.
+    constexpr double kRoundings = 8;
+    return {kl, lse_teacher, lse_teacher + difference, difference,
+            loses_digits(kl, mean_phi, kRoundings, unit_roundoff)};
   }
   // A divergence is not negative; the rounding of large logits can say otherwise. NaN stays.
   const double kl = direct_difference - row.shift - mean_delta;
-  return {kl < 0 ? 0 : kl, lse_teacher, lse_student, direct_difference, kl < kSmallDivergence};
+  // The student's sum is of exp(t + delta), whose argument is rounded, and so are both maxima and the mean of delta:
+  // a rounding of a number of each size.
+  constexpr double kRoundings = 4;
+  const double size = 1 + std::abs(lse_teacher) + std::abs(lse_student);
+  return {kl < 0 ? 0 : kl, lse_teacher, lse_student, direct_difference,
+          loses_digits(kl, size, kRoundings, unit_roundoff)};
 }
 
 double bounded_jsd(double value, double beta) {
@@ -86,7 +101,9 @@ RowReference<Real> RowVectors<Real>::reference(int64_t row, bool with_gradient) 
           with_gradient ? weight.data() + row : nullptr,
           with_gradient ? mean.data() + row : nullptr,
           sum.data() + row,
-          probability.data() + row};
+          probability.data() + row,
+          nullptr,
+          0};
 }
 
 template <typename Real>

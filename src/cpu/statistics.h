@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
@@ -21,7 +22,7 @@ struct RowResult {
   double lse_teacher;
   double lse_student;
   double lse_difference;  ///< lse_student - lse_teacher, to the precision of a small difference
-  bool cancels;           ///< the shift was far off and kl is a small difference of large sums: see refine_rows
+  bool cancels;           ///< kl is a difference of sums whose rounding may exceed what is promised: see refine_rows
 };
 
 /// A Jensen-Shannon divergence lies in [0, entropy of beta]; the rounding of huge logits can say otherwise. NaN stays.
@@ -29,7 +30,12 @@ double bounded_jsd(double value, double beta);
 
 /// docs/mathematics.md, "Precision": the sum of phi where a = expm1(lse_difference - shift) is small, the direct sum
 /// elsewhere. A row without keys gives zeros.
-RowResult finish_row(const RowStatistics& row);
+/// @param unit_roundoff of the tiles that the sums were made of
+RowResult finish_row(const RowStatistics& row, double unit_roundoff);
+
+/// Of float or double.
+template <typename Real>
+inline constexpr double kUnitRoundoff = std::numeric_limits<Real>::epsilon() / 2.0;
 
 /// The row vectors that the passes after the statistics read; padded, because kernels load whole vectors.
 template <typename Real>

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
@@ -89,14 +90,16 @@ void exchange_roles(Problem& problem) {
   problem.divergence = linearard::Divergence::kForwardKL;
 }
 
-/// Brings x into the teacher's scale where the logits' difference can be computed as one; 0 where it cannot.
+/// Brings x into the teacher's scale where the scales allow to compute the logits' difference as one; 0 where they do
+/// not.
 double difference_ratio(const Problem& problem) {
   if (problem.float64() || problem.student_rows.size(3) != problem.teacher_rows.size(3)) return 0;
   const double ratio = problem.scale_student / problem.scale_teacher;  // NaN or infinite for a zero scale
   return ratio > 1e-6 && ratio < 1e6 ? std::sqrt(ratio) : 0;
 }
 
-ForwardParams forward_params(const Problem& problem, const LogitForm* form) {
+/// @param ratios of measured_ratios
+ForwardParams forward_params(const Problem& problem, const LogitForm* form, const at::Tensor& ratios) {
   ForwardParams params{};
   const int64_t heads = problem.heads();
   params.student_rows = vectors_of(problem.student_rows, heads);
@@ -111,9 +114,31 @@ ForwardParams forward_params(const Problem& problem, const LogitForm* form) {
   params.student_multiplier = form != nullptr ? form->student_multiplier : 1;
   params.teacher_multiplier = form != nullptr ? form->teacher_multiplier : 1;
   params.difference_ratio = difference_ratio(problem);
+  params.difference_ratios = ratios.defined() ? ratios.const_data_ptr<double>() : nullptr;
   params.divergence = kernel_divergence(problem.divergence);
   params.beta = problem.beta;
   return params;
+}
+
+/// Whether the vectors decide about the difference form too, head by head: for the generic kernels.
+bool measures_closeness(const Problem& problem) {
+  if (difference_ratio(problem) == 0) return false;
+  return !uses_tensor_cores(forward_params(problem, nullptr, {})) ||
+         problem.student_keys.size(1) != problem.teacher_keys.size(1);
+}
+
+/// What ForwardParams::difference_ratios points to, made on the device; undefined where nothing reads it.
+at::Tensor measured_ratios(const Problem& problem) {
+  if (!measures_closeness(problem)) return {};
+  const at::Tensor ratios =
+      at::empty({problem.batch() * problem.heads()}, problem.student_rows.options().dtype(at::kDouble));
+  const ForwardParams of = forward_params(problem, nullptr, {});
+  const ClosenessParams params{
+      of.student_rows, of.student_keys, of.teacher_rows,  of.teacher_keys,     of.batch,
+      of.heads,        of.visibility,   problem.relation, of.difference_ratio, ratios.mutable_data_ptr<double>()};
+  check_launch(measure_closeness(params, current_stream(problem.device())), "closeness of student and teacher",
+               problem.device());
+  return ratios;
 }
 
 void set_outputs(ForwardParams& params, const RowTensors& to) {
@@ -172,7 +197,8 @@ ThreeTensors forward_of(const Arguments& arguments) {
     std::swap(form.scale_student, form.scale_teacher);
     std::swap(form.student_multiplier, form.teacher_multiplier);
   }
-  run_forward(forward_params(problem, float64 ? &form : nullptr), to, float64, problem.device(),
+  const at::Tensor ratios = measured_ratios(problem);
+  run_forward(forward_params(problem, float64 ? &form : nullptr, ratios), to, float64, problem.device(),
               triangular_forward(problem, to));
   if (exchanged) std::swap(to.lse_student, to.lse_teacher);
   return {to.kl, to.lse_student, to.lse_teacher};
@@ -194,7 +220,13 @@ class BackwardCall {
         output_scale_(float64_ ? form.gradient_scale(scale_student) / form.gradient_multiplier : scale_student),
         grad_kl_(grad_kl.to(dtype_)),
         lse_student_(contiguous_as(lse_student, dtype_)),
-        lse_teacher_(contiguous_as(lse_teacher, dtype_)) {
+        lse_teacher_(contiguous_as(lse_teacher, dtype_)),
+        ratios_(measured_ratios(problem_)) {
+    if (!problem_.relation && problem_.divergence == linearard::Divergence::kForwardKL) {
+      const at::Tensor like = row_tensor(problem_, at::kInt);
+      dominant_keys_ = at::full(like.sizes(), -1, like.options());
+      dominant_gradients_ = row_tensor(problem_, at::kDouble);
+    }
     if (problem_.divergence != linearard::Divergence::kForwardKL) {
       center_ = row_tensor(problem_, dtype_);
       const RowTensors to{center_, row_tensor(problem_, dtype_), row_tensor(problem_, dtype_)};
@@ -223,7 +255,8 @@ class BackwardCall {
     return run(params, problem_.student_rows);
   }
 
-  /// Gradient of the keys of the pair form, summed over the rows' heads that share them.
+  /// Gradient of the keys of the pair form, summed over the rows' heads that share them. After rows(), whose kernels
+  /// leave the dominant keys.
   at::Tensor keys() const {
     BackwardParams params = parameters();
     const int64_t heads = problem_.heads();
@@ -246,11 +279,14 @@ class BackwardCall {
   at::Tensor grad_kl_;
   at::Tensor lse_student_;
   at::Tensor lse_teacher_;
+  at::Tensor ratios_;
+  at::Tensor dominant_keys_;
+  at::Tensor dominant_gradients_;
   at::Tensor center_;
   at::Tensor largest_grad_;
 
   ForwardParams center_params() const {
-    ForwardParams params = forward_params(problem_, float64_ ? &form_ : nullptr);
+    ForwardParams params = forward_params(problem_, float64_ ? &form_ : nullptr, ratios_);
     params.center = problem_.divergence != linearard::Divergence::kForwardKL;
     return params;
   }
@@ -264,6 +300,11 @@ class BackwardCall {
     params.student_multiplier = float64_ ? form_.student_multiplier : 1;
     params.teacher_multiplier = float64_ ? form_.teacher_multiplier : 1;
     params.difference_ratio = difference_ratio(problem_);
+    params.difference_ratios = ratios_.defined() ? ratios_.const_data_ptr<double>() : nullptr;
+    if (dominant_keys_.defined()) {
+      params.dominant_keys = dominant_keys_.mutable_data_ptr<int>();
+      params.dominant_gradients = dominant_gradients_.mutable_data_ptr<double>();
+    }
     params.gradient_multiplier = float64_ ? form_.gradient_multiplier : 1;
     params.output_scale = output_scale_;
     params.divergence = kernel_divergence(problem_.divergence);
@@ -380,7 +421,7 @@ struct CudaBackend {
     const bool float64 = dtype == at::kDouble;
     LogitForm form;
     if (float64) form = choose_logit_form(arguments, nullptr);
-    ForwardParams params = forward_params(problem, float64 ? &form : nullptr);
+    ForwardParams params = forward_params(problem, float64 ? &form : nullptr, {});
     params.teacher_only = true;
     params.divergence = Divergence::kForwardKL;
     run_forward(params, to, float64, problem.device());
@@ -410,7 +451,7 @@ ExecutionPlan relation_plan(const RelationArguments& arguments) {
   const c10::DeviceGuard guard(arguments.student.device());
   const Problem problem = problem_of(arguments);
   const bool float64 = problem.float64();
-  ForwardParams params = forward_params(problem, nullptr);
+  ForwardParams params = forward_params(problem, nullptr, {});
   const bool tensor_cores = !float64 && uses_tensor_cores(params);
   const TileShape tiles = tiles_of(params);
   const auto blocks = [](int64_t length, int64_t tile) { return (length + tile - 1) / tile; };
@@ -434,11 +475,12 @@ ExecutionPlan relation_plan(const RelationArguments& arguments) {
   // Norms of double inputs decide on their scaling: with padding, a number of each token.
   const int64_t token_count = problem.batch() * problem.heads() * std::max(problem.rows(), problem.keys());
   const int64_t norms = float64 ? (problem.memory.visibility.row_mask ? 4 * token_count * 8 : 0) + 128 * kRounding : 0;
+  const int64_t ratios = measures_closeness(problem) ? problems * 8 + kRounding : 0;
   const bool centers = problem.divergence != linearard::Divergence::kForwardKL;
   const TriangularWorkspace triangular = triangular_workspace(problem);
-  plan.workspace_bytes_forward = visibility + (float64 ? norms : marks) + triangular.forward;
+  plan.workspace_bytes_forward = visibility + ratios + (float64 ? norms : marks) + triangular.forward;
   plan.workspace_bytes_backward =
-      visibility + (centers ? 3 * (row_count * (float64 ? 8 : 4) + kRounding) : 0) +
+      visibility + ratios + (centers ? 3 * (row_count * (float64 ? 8 : 4) + kRounding) : 0) +
       (float64 ? norms : marks + std::max((centers ? 3 : 2) * (row_count * 8 + kRounding), triangular.backward)) +
       2 * kRounding;
   plan.instruction_set = !tensor_cores          ? "fused multiply-add"

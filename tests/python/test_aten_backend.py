@@ -91,6 +91,19 @@ def test_attention_agrees_with_the_oracle(device, queries, keys, student_heads, 
         assert_gradient_close(gradient, exact, floor)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradient_of_saturated_attention_maps(device, dtype):
+    """As in test_precision.py: a gradient that is smaller than the rounding of the log-sum-exps."""
+    teacher = [realistic(1, 1, 60, 64, seed=39, device=device)] * 2
+    student = [(x * (1.0 + 1e-6)).to(dtype) for x in teacher]
+    teacher = [x.to(dtype) for x in teacher]
+    expected = expected_attention((*student, *teacher))
+    kl, lse_student, lse_teacher = call("attention_kl_forward", *student, *teacher)
+    gradients = call("attention_kl_backward", torch.ones_like(kl), *student, *teacher, lse_student, lse_teacher)
+    for gradient, exact, floor in zip(gradients, expected.gradients, expected.gradient_floors, strict=True):
+        assert_gradient_close(gradient, exact, floor / 20.0)
+
+
 def test_lse_agrees_with_the_kernel(device):
     x = gaussian(2, 3, 70, 16, device=device).float()
     torch.testing.assert_close(call("relation_lse", x, causal=True), ops.relation_lse(x, causal=True))

@@ -17,7 +17,7 @@ from comparison import (
     expected_attention,
     expected_relation,
 )
-from generators import GENERATORS, LARGEST_DIAGONAL, PROFILES, perturbed, realistic
+from generators import GENERATORS, LARGEST_DIAGONAL, PROFILES, gaussian, perturbed, realistic
 
 import linearard  # noqa: F401  (registers the operators)
 
@@ -145,6 +145,52 @@ def test_attention_maps(device, dtype, data, eps):
     gradients = ops.attention_kl_backward(torch.ones_like(kl), *student, *teacher, lse_student, lse_teacher)
     for gradient, exact, floor in zip(gradients, expected.gradients, expected.gradient_floors, strict=True):
         assert_gradient_close(gradient, exact, floor)
+
+
+def _misleading_tiles(device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Queries and keys whose last key, a tile of its own, has no mass and is off by 0.4 to 0.65 nats."""
+    queries, keys = 200, 129
+    is_last = (torch.arange(keys, device=device) == keys - 1).double()
+    off = torch.linspace(0.4, 0.65, queries, dtype=torch.float64, device=device)
+    query, key = (gaussian(1, 1, n, HEAD_DIM, seed=seed, device=device) for n, seed in ((queries, 31), (keys, 32)))
+    student = [perturbed(query, 1.3e-3, seed=33), perturbed(key, 1.3e-3, seed=34)]
+    for (x, y), extra in ((student, off), ((query, key), 0.0)):
+        x[..., 0], x[..., 1] = HEAD_DIM**0.5, extra * HEAD_DIM**0.5
+        y[..., 0], y[..., 1] = -20.0 * is_last, is_last
+    return [x.float() for x in student], [query.float(), key.float()]
+
+
+def test_rows_whose_first_tile_says_little(device):
+    """The shift that the CPU takes from a row's first tile is so far off that the sums lose four digits."""
+    student, teacher = _misleading_tiles(device)
+    expected = expected_attention((*student, *teacher), causal=False)
+    assert (expected.rows.kl < 1e-5).all()
+    kl, _, _ = ops.attention_kl_forward(*student, *teacher, causal=False)
+    assert_rows_close(kl, expected, logit_rounding=False)
+
+
+@pytest.mark.parametrize("scale_teacher", [0.58, 1.2])
+def test_rows_of_large_logits(device, scale_teacher):
+    """Rows of 0.1 to 2 nats whose log-sum-exps are 10 and 80 or 150: their difference has the rounding of those."""
+    teacher = [gaussian(2, 2, 257, 128, seed=35, device=device).float()] * 2
+    student = [perturbed(teacher[0].double(), 0.3, seed=36).float()] * 2
+    options = {"causal": False, "divergence": "reverse_kl", "scale_student": 0.1, "scale_teacher": scale_teacher}
+    expected = expected_attention((*student, *teacher), **options)
+    kl, _, _ = ops.attention_kl_forward(*student, *teacher, **options)
+    assert_rows_close(kl, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradient_of_saturated_attention_maps(device, dtype):
+    """A row that one key has wholly: its gradient is smaller than the rounding of the log-sum-exps."""
+    teacher = [realistic(1, 1, 60, HEAD_DIM, seed=39, device=device)] * 2
+    student = [(x * (1.0 + 1e-6)).to(dtype) for x in teacher]
+    teacher = [x.to(dtype) for x in teacher]
+    expected = expected_attention((*student, *teacher))
+    kl, lse_student, lse_teacher = ops.attention_kl_forward(*student, *teacher)
+    gradients = ops.attention_kl_backward(torch.ones_like(kl), *student, *teacher, lse_student, lse_teacher)
+    for gradient, exact, floor in zip(gradients, expected.gradients, expected.gradient_floors, strict=True):
+        assert_gradient_close(gradient, exact, floor / 20.0)
 
 
 def test_mean_over_a_head_is_exact_to_a_hundred_thousandth(device):

@@ -136,6 +136,27 @@ struct Visibility {
   }
 };
 
+/// The column that has most of a row's probability; one tile at most has it.
+template <typename Real>
+struct DominantColumn {
+  /// P above 0.55, so that rounding does not find a second one.
+  static constexpr Real kLogProbability = Real(-0.6);
+
+  Vector<Real> log_teacher = broadcast(kLogProbability);
+  Integers<Real> column{};
+
+  LINEARARD_INLINE void add(DominantColumn& found, Vector<Real> log_teacher, int64_t j, Integers<Real> visible) {
+    const Integers<Real> larger = (log_teacher > found.log_teacher) & visible;
+    found.log_teacher = larger ? log_teacher : found.log_teacher;
+    found.column = larger ? indices_from<Real>(j) : found.column;
+  }
+  LINEARARD_INLINE void write(const DominantColumn& found, int64_t first_key, int64_t& to) {
+    for (int64_t lane = 0; lane < kLanes<Real>; ++lane) {
+      if (found.log_teacher[lane] > kLogProbability) to = first_key + found.column[lane];
+    }
+  }
+};
+
 template <typename Real, Gradient kGradient, bool kColumns, bool kDiagonal>
 void gradient_of_kind(TileKind kind,
                       Real beta,
@@ -149,6 +170,7 @@ void gradient_of_kind(TileKind kind,
     const Reference row = Reference::of_row(rows, i);
     const int64_t count = tile.visible == nullptr ? tile.columns : tile.visible[i];
     Vector<Real> row_sum{};
+    DominantColumn<Real> dominant;
     const auto visit = [&](int64_t j, const Visibility<Real>& visible, bool masked) {
       const Vector<Real> t_j = load(t + j);
       const Vector<Real> delta_j = load(delta + j);
@@ -156,6 +178,9 @@ void gradient_of_kind(TileKind kind,
           row.weight * gradient_term<Real, kGradient>(Reference::entry(row, t_j, delta_j), row.mean, beta);
       if (masked) value = visible.row ? value : Vector<Real>{};
       row_sum += value;
+      if constexpr (!kColumns && kGradient == Gradient::kForwardKL) {
+        DominantColumn<Real>::add(dominant, t_j - row.lse_teacher, j, masked ? visible.row : ~Integers<Real>{});
+      }
       if constexpr (kColumns) {
         const Reference column = Reference::of_columns(columns, j);
         Vector<Real> mirrored =
@@ -176,6 +201,9 @@ void gradient_of_kind(TileKind kind,
     for (; j < tile.columns; j += kLanes<Real>)
       store<Real>(t + j, Vector<Real>{});
     if (rows.sum != nullptr) rows.sum[i] += static_cast<Real>(sum_of_lanes<Real>(row_sum));
+    if constexpr (!kColumns && kGradient == Gradient::kForwardKL) {
+      if (rows.dominant != nullptr) DominantColumn<Real>::write(dominant, rows.first_key, rows.dominant[i]);
+    }
   }
 }
 

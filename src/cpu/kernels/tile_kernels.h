@@ -51,6 +51,8 @@ struct RowReference {
   const Real* mean;            ///< [n] mean of psi(r_ij) under Q_i (gradient of reverse KL and JSD only)
   Real* sum;                   ///< [n] accumulates: of the pass (expectation) or sum_j G_ij (gradient)
   Real* probability;           ///< [n] accumulates sum_j Q_ij as computed (expectations that are means only)
+  int64_t* dominant;           ///< [n] set to the key that has most of P_i, if it is of the tile (gradient, kRows);
+  int64_t first_key;           ///< of the tile. Null: not wanted
 };
 
 /// Which entries of a tile a pass visits.
