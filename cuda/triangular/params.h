@@ -79,7 +79,8 @@ struct TriangularBackwardParams {
   LogitFactors factors;
   const BackwardToken* token_values;  ///< [B H, N]
   const int* wide_heads;              ///< [B H]
-  float* gradient;                    ///< [B H, N, D] sum_j H_ij x_j, without the scale; zero before
+  float* gradient;                    ///< [B H, N, D] sum_j H_ij x_j, without the scale; zero before, but for
+                                      ///< kRows on Hopper
 };
 
 /// Before the forward: values of the tokens, and zeros for what the steps after it add to.

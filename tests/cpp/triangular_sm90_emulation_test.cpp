@@ -28,6 +28,7 @@ struct Relation {
   int64_t dim = 64;
   at::ScalarType type = at::kBFloat16;
   bool causal = false;
+  bool rows = false;         ///< row by row, else every pair once
   double noise = 0.05;       ///< student = teacher + noise
   int multiprocessors = 1;   ///< more than there are walks: walks are cut
   bool token_major = false;  ///< [B, N, H, D] in memory
@@ -36,7 +37,7 @@ struct Relation {
 
 std::ostream& operator<<(std::ostream& out, const Relation& r) {
   return out << r.batch << "x" << r.heads << "x" << r.tokens << "x" << r.dim << " " << r.type << " causal=" << r.causal
-             << " noise=" << r.noise << " SMs=" << r.multiprocessors
+             << " rows=" << r.rows << " noise=" << r.noise << " SMs=" << r.multiprocessors
              << " token_major=" << r.token_major;
 }
 
@@ -79,7 +80,7 @@ Params params_of(const Relation& r, const Problem& p, const at::Tensor& wide_hea
   params.heads = static_cast<int>(r.heads);
   params.tokens = static_cast<int>(r.tokens);
   params.causal = r.causal;
-  params.traversal = cuda::Traversal::kTriangular;
+  params.traversal = r.rows ? cuda::Traversal::kRows : cuda::Traversal::kTriangular;
   params.factors = p.factors;
   params.wide_heads = wide_heads.const_data_ptr<int>();
   return params;
@@ -93,6 +94,11 @@ cudaError_t launch_of(const cuda::TriangularForwardParams& p, int multiprocessor
 }
 template <typename T>
 cudaError_t launch_of(const cuda::TriangularBackwardParams& p, int multiprocessors) {
+  if (p.traversal == cuda::Traversal::kRows) {
+    if (p.student.dim <= 64) return cuda::sm90::launch_rows_backward<T, 64>(p, multiprocessors, nullptr);
+    if (p.student.dim <= 128) return cuda::sm90::launch_rows_backward<T, 128>(p, multiprocessors, nullptr);
+    return cuda::sm90::launch_rows_backward<T, 256>(p, multiprocessors, nullptr);
+  }
   if (p.student.dim <= 64) return cuda::sm90::launch_backward<T, 64>(p, multiprocessors, nullptr);
   return cuda::sm90::launch_backward<T, 128>(p, multiprocessors, nullptr);
 }
@@ -121,6 +127,7 @@ class TriangularSm90 : public ::testing::TestWithParam<Relation> {
 /// difference phi is the square.
 TEST_P(TriangularSm90, Forward) {
   const Relation& r = GetParam();
+  if (r.rows) GTEST_SKIP() << "no kernel";
   const Problem p = problem_of(r);
   const at::Tensor own = p.t.diagonal(0, 1, 2);
   const at::Tensor center = (own.amax(1, true) + own.amin(1, true)) / 4;
@@ -151,7 +158,7 @@ TEST_P(TriangularSm90, Forward) {
 /// probabilities to float does.
 TEST_P(TriangularSm90, Backward) {
   const Relation& r = GetParam();
-  if (r.dim > cuda::sm90::kLargestBackwardDim) GTEST_SKIP() << "no kernel of this dimension";
+  if (!r.rows && r.dim > cuda::sm90::kLargestBackwardDim) GTEST_SKIP() << "no kernel of this dimension";
   const Problem p = problem_of(r);
   const at::Tensor pairs = visible_pairs(r);
   const at::Tensor teacher = at::log2((at::exp2(p.t) * pairs).sum(2));
@@ -166,7 +173,8 @@ TEST_P(TriangularSm90, Backward) {
           .to(at::kFloat)
           .contiguous();
   const at::Tensor wide = at::zeros({r.batch * r.heads}, at::kInt);
-  const at::Tensor gradient = at::zeros({r.batch * r.heads, r.tokens, r.dim}, at::kFloat);
+  // Row by row it is written, not added to.
+  const at::Tensor gradient = at::full({r.batch * r.heads, r.tokens, r.dim}, r.rows ? std::nan("") : 0., at::kFloat);
   auto params = params_of<cuda::TriangularBackwardParams>(r, p, wide);
   params.token_values = reinterpret_cast<const BackwardToken*>(values.const_data_ptr<float>());
   params.gradient = gradient.mutable_data_ptr<float>();
@@ -201,7 +209,15 @@ INSTANTIATE_TEST_SUITE_P(
         Relation{.batch = 2, .tokens = 193, .dim = 128, .causal = true, .noise = 0.5, .schedule = 3},
         Relation{.heads = 1, .tokens = 400, .dim = 128, .multiprocessors = 132, .schedule = 4},
         Relation{.heads = 1, .tokens = 300, .dim = 72, .type = kHalf, .causal = true, .schedule = 5},
-        Relation{.heads = 1, .tokens = 150, .dim = 256, .noise = 0.2, .schedule = 6}),
+        Relation{.heads = 1, .tokens = 150, .dim = 256, .noise = 0.2, .schedule = 6},
+        Relation{.heads = 1, .tokens = 1, .rows = true},
+        Relation{.batch = 2, .heads = 3, .tokens = 200, .dim = 40, .rows = true, .token_major = true},
+        Relation{.tokens = 330, .dim = 64, .type = kHalf, .causal = true, .rows = true, .schedule = 7},
+        Relation{.tokens = 300, .dim = 128, .rows = true, .noise = 0.5, .schedule = 8},
+        Relation{.tokens = 257, .dim = 128, .type = kHalf, .rows = true, .schedule = 9},
+        Relation{.batch = 2, .heads = 1, .tokens = 193, .dim = 120, .causal = true, .rows = true, .schedule = 10},
+        Relation{.tokens = 260, .dim = 256, .rows = true, .schedule = 11},
+        Relation{.heads = 1, .tokens = 200, .dim = 192, .type = kHalf, .causal = true, .rows = true, .schedule = 12}),
     [](const auto& info) { return "Case" + std::to_string(info.index); });
 
 TEST(TriangularSm90Heads, WideHeadsAreLeftAlone) {
