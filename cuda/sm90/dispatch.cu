@@ -36,6 +36,12 @@ bool takes(const Params& p, int largest_dim) {
 template <typename T>
 cudaError_t forward_of(const TriangularForwardParams& p, cudaStream_t stream) {
 #define LINEARARD_TRY(T, kDim) \
+  if (p.student.dim <= kDim) return sm90::launch_rows_forward<T, kDim>(p, multiprocessors(), stream);
+  if (p.causal || p.traversal == Traversal::kRows) {
+    LINEARARD_FOR_EACH_SM90_ROWS(LINEARARD_TRY, T)
+  }
+#undef LINEARARD_TRY
+#define LINEARARD_TRY(T, kDim) \
   if (p.student.dim <= kDim) return sm90::launch_forward<T, kDim>(p, multiprocessors(), stream);
   LINEARARD_FOR_EACH_SM90_FORWARD(LINEARARD_TRY, T)
 #undef LINEARARD_TRY
@@ -60,7 +66,8 @@ cudaError_t backward_of(const TriangularBackwardParams& p, cudaStream_t stream) 
 }  // namespace
 
 bool sm90_takes(const TriangularForwardParams& p) {
-  return p.traversal == Traversal::kTriangular && takes(p, sm90::kLargestForwardDim);
+  static_assert(sm90::kLargestForwardDim == sm90::kLargestRowsDim);
+  return takes(p, sm90::kLargestForwardDim);
 }
 
 bool sm90_takes(const TriangularBackwardParams& p) {

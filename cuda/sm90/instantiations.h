@@ -22,7 +22,9 @@ template <typename T, int kDim>
 cudaError_t launch_forward(const TriangularForwardParams& params, int multiprocessors, cudaStream_t stream);
 template <typename T, int kDim>
 cudaError_t launch_backward(const TriangularBackwardParams& params, int multiprocessors, cudaStream_t stream);
-/// Traversal::kRows.
+/// Traversal::kRows, and the causal forward, whose pairs count for one row.
+template <typename T, int kDim>
+cudaError_t launch_rows_forward(const TriangularForwardParams& params, int multiprocessors, cudaStream_t stream);
 template <typename T, int kDim>
 cudaError_t launch_rows_backward(const TriangularBackwardParams& params, int multiprocessors, cudaStream_t stream);
 
@@ -30,7 +32,8 @@ cudaError_t launch_rows_backward(const TriangularBackwardParams& params, int mul
   extern template cudaError_t launch_forward<T, kDim>(const TriangularForwardParams&, int, cudaStream_t);
 #define LINEARARD_BACKWARD(T, kDim) \
   extern template cudaError_t launch_backward<T, kDim>(const TriangularBackwardParams&, int, cudaStream_t);
-#define LINEARARD_ROWS(T, kDim) \
+#define LINEARARD_ROWS(T, kDim)                                                                                \
+  extern template cudaError_t launch_rows_forward<T, kDim>(const TriangularForwardParams&, int, cudaStream_t); \
   extern template cudaError_t launch_rows_backward<T, kDim>(const TriangularBackwardParams&, int, cudaStream_t);
 LINEARARD_FOR_EACH_SM90_FORWARD(LINEARARD_FORWARD, __half)
 LINEARARD_FOR_EACH_SM90_FORWARD(LINEARARD_FORWARD, __nv_bfloat16)

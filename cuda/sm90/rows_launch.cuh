@@ -2,6 +2,7 @@
 
 #include "../common/launch.cuh"
 #include "rows_backward.cuh"
+#include "rows_forward.cuh"
 #include "tensor_map.h"
 
 namespace linearard::cuda::sm90 {
@@ -32,6 +33,20 @@ cudaError_t launch_rows(const RowsBackwardParams& p, int multiprocessors, cudaSt
   }
   if (error != cudaSuccess) return error;
   return launch_blocks(rows_backward_kernel<T, kDim, kPairs>, arguments, arguments.schedule.blocks(), kThreads,
+                       Kernel::kSharedBytes, stream);
+}
+
+template <typename T, int kDim>
+cudaError_t launch_rows_forward(const TriangularForwardParams& p, int multiprocessors, cudaStream_t stream) {
+  using Kernel = RowsForward<T, kDim>;
+  RowsForwardArguments arguments;
+  arguments.params = p;
+  const int64_t head_bytes = int64_t{4} * p.tokens * p.student.dim;  // of both sides
+  arguments.schedule = schedule_of_rows(p.batch * p.heads, p.tokens, Kernel::kOwners, head_bytes, multiprocessors);
+  cudaError_t error = map_vectors(arguments.student, p.student, p.batch, p.heads, p.tokens);
+  if (error == cudaSuccess) error = map_vectors(arguments.teacher, p.teacher, p.batch, p.heads, p.tokens);
+  if (error != cudaSuccess) return error;
+  return launch_blocks(rows_forward_kernel<T, kDim>, arguments, arguments.schedule.blocks(), kThreads,
                        Kernel::kSharedBytes, stream);
 }
 

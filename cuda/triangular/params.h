@@ -63,6 +63,7 @@ struct TriangularForwardParams {
   const uint8_t* mask;  ///< [B, N] 1 = a real token; null: all are
   LogitFactors factors;
   const ForwardToken* token_values;  ///< [B H, N]
+  const float* centers;              ///< [B H]
   const int* wide_heads;             ///< [B H] 1: left to the dense kernels
   float* sums;                       ///< [B H, kSums, N], zero before
 };

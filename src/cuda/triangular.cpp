@@ -141,6 +141,7 @@ std::optional<ListedRows> triangular_forward(const Problem& problem, const RowTe
                                            stream),
                kAction, device);
   params.token_values = token_values;
+  params.centers = centers;
   params.wide_heads = wide_heads;
   params.sums = sums;
   check_launch(
