@@ -28,13 +28,19 @@ template <typename Params>
 bool takes(const Params& p, int largest_dim) {
   const bool is_16_bit = p.student.type == Scalar::kHalf || p.student.type == Scalar::kBFloat16;
   return is_16_bit && p.teacher.type == p.student.type && p.teacher.dim == p.student.dim && p.student.dim > 0 &&
-         p.student.dim % 8 == 0 && p.student.dim <= largest_dim && p.traversal == Traversal::kTriangular &&
-         p.mask == nullptr && p.factors.excess == 0 && sm90::can_map(p.student, p.batch, p.heads) &&
-         sm90::can_map(p.teacher, p.batch, p.heads) && multiprocessors() > 0;
+         p.student.dim % 8 == 0 && p.student.dim <= largest_dim && p.mask == nullptr && p.factors.excess == 0 &&
+         sm90::can_map(p.student, p.batch, p.heads) && sm90::can_map(p.teacher, p.batch, p.heads) &&
+         multiprocessors() > 0;
 }
 
 template <typename T>
 cudaError_t forward_of(const TriangularForwardParams& p, cudaStream_t stream) {
+#define LINEARARD_TRY(T, kDim) \
+  if (p.student.dim <= kDim) return sm90::launch_rows_forward<T, kDim>(p, multiprocessors(), stream);
+  if (p.causal || p.traversal == Traversal::kRows) {
+    LINEARARD_FOR_EACH_SM90_ROWS(LINEARARD_TRY, T)
+  }
+#undef LINEARARD_TRY
 #define LINEARARD_TRY(T, kDim) \
   if (p.student.dim <= kDim) return sm90::launch_forward<T, kDim>(p, multiprocessors(), stream);
   LINEARARD_FOR_EACH_SM90_FORWARD(LINEARARD_TRY, T)
@@ -45,6 +51,12 @@ cudaError_t forward_of(const TriangularForwardParams& p, cudaStream_t stream) {
 template <typename T>
 cudaError_t backward_of(const TriangularBackwardParams& p, cudaStream_t stream) {
 #define LINEARARD_TRY(T, kDim) \
+  if (p.student.dim <= kDim) return sm90::launch_rows_backward<T, kDim>(p, multiprocessors(), stream);
+  if (p.traversal == Traversal::kRows) {
+    LINEARARD_FOR_EACH_SM90_ROWS(LINEARARD_TRY, T)
+  }
+#undef LINEARARD_TRY
+#define LINEARARD_TRY(T, kDim) \
   if (p.student.dim <= kDim) return sm90::launch_backward<T, kDim>(p, multiprocessors(), stream);
   LINEARARD_FOR_EACH_SM90_BACKWARD(LINEARARD_TRY, T)
 #undef LINEARARD_TRY
@@ -53,9 +65,14 @@ cudaError_t backward_of(const TriangularBackwardParams& p, cudaStream_t stream) 
 
 }  // namespace
 
-bool sm90_takes(const TriangularForwardParams& p) { return takes(p, sm90::kLargestForwardDim); }
+bool sm90_takes(const TriangularForwardParams& p) {
+  static_assert(sm90::kLargestForwardDim == sm90::kLargestRowsDim);
+  return takes(p, sm90::kLargestForwardDim);
+}
 
-bool sm90_takes(const TriangularBackwardParams& p) { return takes(p, sm90::kLargestBackwardDim); }
+bool sm90_takes(const TriangularBackwardParams& p) {
+  return takes(p, p.traversal == Traversal::kRows ? sm90::kLargestRowsDim : sm90::kLargestBackwardDim);
+}
 
 cudaError_t launch_triangular_forward_sm90(const TriangularForwardParams& p, cudaStream_t stream) {
   return p.student.type == Scalar::kHalf ? forward_of<__half>(p, stream) : forward_of<__nv_bfloat16>(p, stream);

@@ -64,6 +64,7 @@ struct TriangularForwardParams {
   const uint8_t* mask;  ///< [B, N] 1 = a real token; null: all are
   LogitFactors factors;
   const ForwardToken* token_values;  ///< [B H, N]
+  const float* centers;              ///< [B H]
   const int* wide_heads;             ///< [B H] 1: left to the dense kernels
   float* sums;                       ///< [B H, kSums, N], zero before
   OwnLogit* own;                     ///< [B H, N] of heads that are not wide: written
@@ -81,7 +82,8 @@ struct TriangularBackwardParams {
   LogitFactors factors;
   const BackwardToken* token_values;  ///< [B H, N]
   const int* wide_heads;              ///< [B H]
-  float* gradient;                    ///< [B H, N, D] sum_j H_ij x_j, without the scale; zero before
+  float* gradient;                    ///< [B H, N, D] sum_j H_ij x_j, without the scale; zero before, but for
+                                      ///< kRows on Hopper
 };
 
 /// Before the forward: values of the tokens, and zeros for what the steps after it add to.

@@ -95,6 +95,16 @@ int64_t backward_floats(int64_t problems, int64_t tokens, int64_t dim) {
   return problems * ((dim + kFloats<BackwardToken>)*tokens + 1);
 }
 
+/// Of the kernels that take the problem, if any. Where the gradients of a tile's rows and columns do not fit into
+/// registers together, Hopper visits it row by row.
+std::optional<TriangularBackwardParams> backward_params_of(const Problem& problem) {
+  auto params = params_of<TriangularBackwardParams>(problem);
+  if (triangular::takes(params)) return params;
+  params.traversal = Traversal::kRows;
+  if (runs_on_hopper(params)) return params;
+  return std::nullopt;
+}
+
 }  // namespace
 
 bool is_expanded_scalar(const at::Tensor& tensor) {
@@ -131,6 +141,7 @@ std::optional<ListedRows> triangular_forward(const Problem& problem, const RowTe
                                            stream),
                kAction, device);
   params.token_values = token_values;
+  params.centers = centers;
   params.wide_heads = wide_heads;
   params.sums = sums;
   params.own = own;
@@ -148,8 +159,9 @@ std::optional<ListedRows> triangular_forward(const Problem& problem, const RowTe
 
 std::optional<LeftHeads> triangular_backward(const Problem& problem, const TriangularGradient& to) {
   if (!is_eligible(problem)) return std::nullopt;
-  auto params = params_of<TriangularBackwardParams>(problem);
-  if (!triangular::takes(params)) return std::nullopt;
+  const auto taken = backward_params_of(problem);
+  if (!taken) return std::nullopt;
+  TriangularBackwardParams params = *taken;
 
   const at::Device device = problem.device();
   const int64_t tokens = problem.rows();
@@ -162,13 +174,15 @@ std::optional<LeftHeads> triangular_backward(const Problem& problem, const Trian
 
   constexpr const char* kAction = "backward";
   const cudaStream_t stream = current_stream(device);
-  check_launch(
-      triangular::prepare_backward({params.batch, params.heads, problem.memory.visibility,
-                                    to.grad_kl.const_data_ptr<float>(), is_expanded_scalar(to.grad_kl),
-                                    to.lse_student.const_data_ptr<float>(), to.lse_teacher.const_data_ptr<float>(),
-                                    to.largest_grad, token_values, wide_heads, to.row_grads, sums, elements, to.redo},
-                                   stream),
-      kAction, device);
+  // Row by row, Hopper's kernels write the sums at once.
+  const bool adds = params.traversal == Traversal::kTriangular || !runs_on_hopper(params);
+  check_launch(triangular::prepare_backward(
+                   {params.batch, params.heads, problem.memory.visibility, to.grad_kl.const_data_ptr<float>(),
+                    is_expanded_scalar(to.grad_kl), to.lse_student.const_data_ptr<float>(),
+                    to.lse_teacher.const_data_ptr<float>(), to.largest_grad, token_values, wide_heads, to.row_grads,
+                    sums, adds ? elements : 0, to.redo},
+                   stream),
+               kAction, device);
   params.token_values = token_values;
   params.wide_heads = wide_heads;
   params.gradient = sums;
@@ -193,7 +207,7 @@ TriangularWorkspace triangular_workspace(const Problem& problem) {
     bytes.on_hopper = runs_on_hopper(forward);
     bytes.forward = forward_floats(problems, tokens) * 4 + kRounding;
   }
-  if (triangular::takes(params_of<TriangularBackwardParams>(problem))) {
+  if (backward_params_of(problem)) {
     const int64_t dim = problem.student_rows.size(3);
     bytes.backward = (backward_floats(problems, tokens, dim) + problems * tokens) * 4 + kRounding;
   }

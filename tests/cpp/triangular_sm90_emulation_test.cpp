@@ -28,6 +28,7 @@ struct Relation {
   int64_t dim = 64;
   at::ScalarType type = at::kBFloat16;
   bool causal = false;
+  bool rows = false;         ///< row by row, else every pair once
   double noise = 0.05;       ///< student = teacher + noise
   int multiprocessors = 1;   ///< more than there are walks: walks are cut
   bool token_major = false;  ///< [B, N, H, D] in memory
@@ -36,7 +37,8 @@ struct Relation {
 
 std::ostream& operator<<(std::ostream& out, const Relation& r) {
   return out << r.batch << "x" << r.heads << "x" << r.tokens << "x" << r.dim << " " << r.type << " causal=" << r.causal
-             << " noise=" << r.noise << " SMs=" << r.multiprocessors << " token_major=" << r.token_major;
+             << " rows=" << r.rows << " noise=" << r.noise << " SMs=" << r.multiprocessors
+             << " token_major=" << r.token_major;
 }
 
 /// Vectors, factors and logits in units of log 2 of a relation: t, and x = s - t, [B H, N, N] in float64.
@@ -78,7 +80,7 @@ Params params_of(const Relation& r, const Problem& p, const at::Tensor& wide_hea
   params.heads = static_cast<int>(r.heads);
   params.tokens = static_cast<int>(r.tokens);
   params.causal = r.causal;
-  params.traversal = cuda::Traversal::kTriangular;
+  params.traversal = r.rows ? cuda::Traversal::kRows : cuda::Traversal::kTriangular;
   params.factors = p.factors;
   params.wide_heads = wide_heads.const_data_ptr<int>();
   return params;
@@ -86,12 +88,22 @@ Params params_of(const Relation& r, const Problem& p, const at::Tensor& wide_hea
 
 template <typename T>
 cudaError_t launch_of(const cuda::TriangularForwardParams& p, int multiprocessors) {
+  if (p.traversal == cuda::Traversal::kRows) {
+    if (p.student.dim <= 64) return cuda::sm90::launch_rows_forward<T, 64>(p, multiprocessors, nullptr);
+    if (p.student.dim <= 128) return cuda::sm90::launch_rows_forward<T, 128>(p, multiprocessors, nullptr);
+    return cuda::sm90::launch_rows_forward<T, 256>(p, multiprocessors, nullptr);
+  }
   if (p.student.dim <= 64) return cuda::sm90::launch_forward<T, 64>(p, multiprocessors, nullptr);
   if (p.student.dim <= 128) return cuda::sm90::launch_forward<T, 128>(p, multiprocessors, nullptr);
   return cuda::sm90::launch_forward<T, 256>(p, multiprocessors, nullptr);
 }
 template <typename T>
 cudaError_t launch_of(const cuda::TriangularBackwardParams& p, int multiprocessors) {
+  if (p.traversal == cuda::Traversal::kRows) {
+    if (p.student.dim <= 64) return cuda::sm90::launch_rows_backward<T, 64>(p, multiprocessors, nullptr);
+    if (p.student.dim <= 128) return cuda::sm90::launch_rows_backward<T, 128>(p, multiprocessors, nullptr);
+    return cuda::sm90::launch_rows_backward<T, 256>(p, multiprocessors, nullptr);
+  }
   if (p.student.dim <= 64) return cuda::sm90::launch_backward<T, 64>(p, multiprocessors, nullptr);
   return cuda::sm90::launch_backward<T, 128>(p, multiprocessors, nullptr);
 }
@@ -129,6 +141,8 @@ TEST_P(TriangularSm90, Forward) {
   const at::Tensor sums = at::zeros({r.batch * r.heads, cuda::kSums, r.tokens}, at::kFloat);
   auto params = params_of<cuda::TriangularForwardParams>(r, p, wide);
   params.token_values = reinterpret_cast<const ForwardToken*>(values.const_data_ptr<float>());
+  const at::Tensor centers = center.to(at::kFloat);
+  params.centers = centers.const_data_ptr<float>();
   params.sums = sums.mutable_data_ptr<float>();
   const at::Tensor own_logits = at::full({r.batch * r.heads, r.tokens, 2}, NAN, at::kFloat);
   params.own = reinterpret_cast<cuda::OwnLogit*>(own_logits.mutable_data_ptr<float>());
@@ -154,7 +168,7 @@ TEST_P(TriangularSm90, Forward) {
 /// probabilities to float does.
 TEST_P(TriangularSm90, Backward) {
   const Relation& r = GetParam();
-  if (r.dim > cuda::sm90::kLargestBackwardDim) GTEST_SKIP() << "no kernel of this dimension";
+  if (!r.rows && r.dim > cuda::sm90::kLargestBackwardDim) GTEST_SKIP() << "no kernel of this dimension";
   const Problem p = problem_of(r);
   const at::Tensor pairs = visible_pairs(r);
   const at::Tensor teacher = at::log2((at::exp2(p.t) * pairs).sum(2));
@@ -169,7 +183,8 @@ TEST_P(TriangularSm90, Backward) {
           .to(at::kFloat)
           .contiguous();
   const at::Tensor wide = at::zeros({r.batch * r.heads}, at::kInt);
-  const at::Tensor gradient = at::zeros({r.batch * r.heads, r.tokens, r.dim}, at::kFloat);
+  // Row by row it is written, not added to.
+  const at::Tensor gradient = at::full({r.batch * r.heads, r.tokens, r.dim}, r.rows ? std::nan("") : 0., at::kFloat);
   auto params = params_of<cuda::TriangularBackwardParams>(r, p, wide);
   params.token_values = reinterpret_cast<const BackwardToken*>(values.const_data_ptr<float>());
   params.gradient = gradient.mutable_data_ptr<float>();
@@ -194,16 +209,25 @@ constexpr at::ScalarType kHalf = at::kHalf;
 INSTANTIATE_TEST_SUITE_P(
     Relations,
     TriangularSm90,
-    ::testing::Values(Relation{.heads = 1, .tokens = 1},
-                      Relation{.tokens = 64},
-                      Relation{.tokens = 130, .dim = 64, .token_major = true},
-                      Relation{.heads = 3, .tokens = 400, .dim = 64, .type = kHalf, .noise = 0.5, .schedule = 1},
-                      Relation{.batch = 2, .tokens = 200, .dim = 40, .causal = true},
-                      Relation{.tokens = 257, .dim = 128, .type = kHalf, .multiprocessors = 64, .schedule = 2},
-                      Relation{.batch = 2, .tokens = 193, .dim = 128, .causal = true, .noise = 0.5, .schedule = 3},
-                      Relation{.heads = 1, .tokens = 400, .dim = 128, .multiprocessors = 132, .schedule = 4},
-                      Relation{.heads = 1, .tokens = 300, .dim = 72, .type = kHalf, .causal = true, .schedule = 5},
-                      Relation{.heads = 1, .tokens = 150, .dim = 256, .noise = 0.2, .schedule = 6}),
+    ::testing::Values(
+        Relation{.heads = 1, .tokens = 1},
+        Relation{.tokens = 64},
+        Relation{.tokens = 130, .dim = 64, .token_major = true},
+        Relation{.heads = 3, .tokens = 400, .dim = 64, .type = kHalf, .noise = 0.5, .schedule = 1},
+        Relation{.batch = 2, .tokens = 200, .dim = 40, .causal = true},
+        Relation{.tokens = 257, .dim = 128, .type = kHalf, .multiprocessors = 64, .schedule = 2},
+        Relation{.batch = 2, .tokens = 193, .dim = 128, .causal = true, .noise = 0.5, .schedule = 3},
+        Relation{.heads = 1, .tokens = 400, .dim = 128, .multiprocessors = 132, .schedule = 4},
+        Relation{.heads = 1, .tokens = 300, .dim = 72, .type = kHalf, .causal = true, .schedule = 5},
+        Relation{.heads = 1, .tokens = 150, .dim = 256, .noise = 0.2, .schedule = 6},
+        Relation{.heads = 1, .tokens = 1, .rows = true},
+        Relation{.batch = 2, .heads = 3, .tokens = 200, .dim = 40, .rows = true, .token_major = true},
+        Relation{.tokens = 330, .dim = 64, .type = kHalf, .causal = true, .rows = true, .schedule = 7},
+        Relation{.tokens = 300, .dim = 128, .rows = true, .noise = 0.5, .schedule = 8},
+        Relation{.tokens = 257, .dim = 128, .type = kHalf, .rows = true, .schedule = 9},
+        Relation{.batch = 2, .heads = 1, .tokens = 193, .dim = 120, .causal = true, .rows = true, .schedule = 10},
+        Relation{.tokens = 260, .dim = 256, .rows = true, .schedule = 11},
+        Relation{.heads = 1, .tokens = 200, .dim = 192, .type = kHalf, .causal = true, .rows = true, .schedule = 12}),
     [](const auto& info) { return "Case" + std::to_string(info.index); });
 
 TEST(TriangularSm90Heads, WideHeadsAreLeftAlone) {

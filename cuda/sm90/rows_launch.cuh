@@ -1,0 +1,71 @@
+#pragma once
+
+#include "../common/launch.cuh"
+#include "rows_backward.cuh"
+#include "rows_forward.cuh"
+#include "tensor_map.h"
+
+namespace linearard::cuda::sm90 {
+
+inline Schedule schedule_of_rows(int problems, int owners, int block, int64_t head_bytes, int multiprocessors) {
+  Schedule schedule = Schedule::make(problems, (owners + block - 1) / block, 1, head_bytes, multiprocessors);
+  schedule.parts = 1;
+  return schedule;
+}
+
+template <typename T, int kDim, Pairs kPairs>
+cudaError_t launch_rows(const RowsBackwardParams& p, int multiprocessors, cudaStream_t stream) {
+  using Kernel = RowsBackward<T, kDim, kPairs>;
+  RowsBackwardArguments arguments;
+  arguments.params = p;
+  const int64_t head_bytes = int64_t{4} * p.others * p.own_student.dim * p.other_heads;  // of both sides
+  arguments.schedule = schedule_of_rows(p.batch * p.heads, p.owners, Kernel::kOwners, head_bytes, multiprocessors);
+  const int other_heads = p.heads * p.other_heads / p.group;
+  const auto map = [&](CUtensorMap& to, const Vectors& vectors, int heads, int tokens) {
+    return map_vectors(to, vectors, p.batch, heads, tokens);
+  };
+  cudaError_t error = map(arguments.own_student, p.own_student, p.heads, p.owners);
+  if (error == cudaSuccess) error = map(arguments.own_teacher, p.own_teacher, p.heads, p.owners);
+  if (error == cudaSuccess) error = map(arguments.other_student, p.other_student, other_heads, p.others);
+  if (error == cudaSuccess) error = map(arguments.other_teacher, p.other_teacher, other_heads, p.others);
+  if (error == cudaSuccess && p.other_values != nullptr) {
+    error = map_token_values(arguments.other_values, p.other_values, p.batch * other_heads, p.others);
+  }
+  if (error != cudaSuccess) return error;
+  return launch_blocks(rows_backward_kernel<T, kDim, kPairs>, arguments, arguments.schedule.blocks(), kThreads,
+                       Kernel::kSharedBytes, stream);
+}
+
+template <typename T, int kDim>
+cudaError_t launch_rows_forward(const TriangularForwardParams& p, int multiprocessors, cudaStream_t stream) {
+  using Kernel = RowsForward<T, kDim>;
+  RowsForwardArguments arguments;
+  arguments.params = p;
+  const int64_t head_bytes = int64_t{4} * p.tokens * p.student.dim;  // of both sides
+  arguments.schedule = schedule_of_rows(p.batch * p.heads, p.tokens, Kernel::kOwners, head_bytes, multiprocessors);
+  cudaError_t error = map_vectors(arguments.student, p.student, p.batch, p.heads, p.tokens);
+  if (error == cudaSuccess) error = map_vectors(arguments.teacher, p.teacher, p.batch, p.heads, p.tokens);
+  if (error != cudaSuccess) return error;
+  return launch_blocks(rows_forward_kernel<T, kDim>, arguments, arguments.schedule.blocks(), kThreads,
+                       Kernel::kSharedBytes, stream);
+}
+
+/// Instantiated in instantiations/, one file for each dtype and dimension.
+template <typename T, int kDim>
+cudaError_t launch_rows_backward(const TriangularBackwardParams& p, int multiprocessors, cudaStream_t stream) {
+  RowsBackwardParams rows{};
+  rows.own_student = rows.other_student = p.student;
+  rows.own_teacher = rows.other_teacher = p.teacher;
+  rows.batch = p.batch;
+  rows.heads = p.heads;
+  rows.other_heads = rows.group = 1;
+  rows.owners = rows.others = p.tokens;
+  rows.causal = p.causal;
+  rows.factors = p.factors;
+  rows.own_values = rows.other_values = p.token_values;
+  rows.wide_heads = p.wide_heads;
+  rows.sums = p.gradient;
+  return launch_rows<T, kDim, Pairs::kRelation>(rows, multiprocessors, stream);
+}
+
+}  // namespace linearard::cuda::sm90
