@@ -350,9 +350,20 @@ class RowsForward {
       if (column >= b_.p_.tokens || (b_.p_.causal && column > first_row)) return;
       if (column == first_row || column + kTileTokens > b_.p_.tokens) {
         const RowWindow window{first_row + row_of_thread(), column + column_of_thread(), b_.p_.tokens, b_.p_.causal};
+        if (column == first_row) write_own(products, window);
         add_row_pairs<true>(products.student, products.teacher, factors_, shift_, window, sums_);
       } else {
         add_row_pairs<false>(products.student, products.teacher, factors_, shift_, RowWindow{}, sums_);
+      }
+    }
+
+    __device__ void write_own(const Products& products, const RowWindow& window) const {
+      OwnLogit* const own = b_.p_.own + static_cast<int64_t>(b_.head_) * b_.p_.tokens;
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        const int row = window.row + i % 4 / 2 * 8;
+        if (window.column + i / 4 * 8 + i % 2 != row || row >= b_.p_.tokens) continue;
+        own[row] = factors_.own_logit(products.student[i], products.teacher[i]);
       }
     }
 
