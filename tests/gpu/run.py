@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,6 +212,7 @@ def write(path: Path, about: dict[str, str], results: dict[str, str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=SUITES, metavar="SUITE", help=", ".join(SUITES))
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="suites that run beside each other")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compile jobs")
     parser.add_argument("--commit", help="recorded instead of what git says, for a copy of the tree without git")
     options = parser.parse_args()
@@ -227,10 +229,12 @@ def main() -> int:
         results = {suite: earlier[suite] for suite in SUITES if suite in earlier}
     about["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     failed = []
-    for suite in options.suites:
-        results[suite], passed = run(suite)
-        failed += [] if passed else [suite]
-        write(path, about, results)  # each time: an interrupted run leaves what it had
+    with ThreadPoolExecutor(max_workers=max(options.at_once, 1)) as pool:
+        running = {pool.submit(run, suite): suite for suite in options.suites}
+        for done in as_completed(running):
+            results[running[done]], passed = done.result()
+            failed += [] if passed else [running[done]]
+            write(path, about, results)  # each time: an interrupted run leaves what it had
     print(f"wrote {path.relative_to(ROOT)}")
     for suite in options.suites:
         print(f"{suite}: {results[suite]}")

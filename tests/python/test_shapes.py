@@ -76,7 +76,8 @@ OTHER_ALIGNMENT = ("gap after each vector", "storage offset of one element")
 @pytest.mark.parametrize("side", ["student", "teacher", "both"])
 def test_strides(device, index, dtype, side):
     """Results are bitwise those of contiguous inputs: strides are read, not arithmetic. But vectors of 16 bits that are
-    not whole pieces of 16 bytes apart run on other CUDA kernels."""
+    not whole pieces of 16 bytes apart run on other CUDA kernels.
+    """
     student, teacher = pair((2, 3, 70, 24), device, dtype)
     name, strided_student = list(strided_views(student))[index]
     _, strided_teacher = list(strided_views(teacher))[index]
