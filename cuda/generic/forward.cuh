@@ -20,8 +20,7 @@ class Forward {
         first_(static_cast<int>(block % blocks_) * kTile),
         key_mask_(p.visibility.key_mask == nullptr
                       ? nullptr
-                      : p.visibility.key_mask + static_cast<int64_t>(batch_) * p.visibility.keys),
-        difference_ratio_(p.difference_ratios == nullptr ? p.difference_ratio : p.difference_ratios[head_of_all_]) {}
+                      : p.visibility.key_mask + static_cast<int64_t>(batch_) * p.visibility.keys) {}
 
   __device__ void run(Staged<Real>& staged, int* scratch) {
     const int thread = static_cast<int>(threadIdx.x);
@@ -52,7 +51,6 @@ class Forward {
   const int head_;
   const int first_;
   const uint8_t* const key_mask_;
-  const double difference_ratio_;
   Range ranges_[kPer];
   RowSums<Real> sums_[kPer];
   Real lse_student_[kPer];  ///< in logit units
@@ -62,11 +60,16 @@ class Forward {
   Real teacher_[kPer][kPer];       ///< logits t
   Real delta_[kPer][kPer];         ///< s - t
 
+  /// Read again for each tile: registers are scarcer.
+  __device__ double difference_ratio() const {
+    return p_.difference_ratios == nullptr ? p_.difference_ratio : p_.difference_ratios[anew(head_of_all_)];
+  }
+
   __device__ void compute(Staged<Real>& staged, int other) {
     const Visibility& v = p_.visibility;
     const Products<Real> products{side_of(p_.student_rows, p_.student_keys, p_.student_multiplier, p_.scale_student),
                                   side_of(p_.teacher_rows, p_.teacher_keys, p_.teacher_multiplier, p_.scale_teacher),
-                                  difference_ratio_, p_.teacher_only};
+                                  difference_ratio(), p_.teacher_only};
     logits_of_tile(teacher_, delta_, staged, products, {first_, v.rows, nullptr}, {other, v.keys, key_mask_});
   }
 
@@ -207,10 +210,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardParams params, int blocks, bool repeat, bool all_blocks) {
   __shared__ Staged<Real> staged;
   __shared__ int scratch[2];
+  __shared__ int current;  // not in a register, which are scarcer
   if ((repeat || all_blocks) && params.redo[0] == 0) return;
-  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
-    if (repeat && params.redo[1 + block] == 0) continue;
-    Forward<Real>(params, block).run(staged, scratch);
+  if (threadIdx.x == 0) current = static_cast<int>(blockIdx.x);
+  __syncthreads();
+#pragma unroll 1
+  while (current < blocks) {
+    if (!repeat || params.redo[1 + current] != 0) Forward<Real>(params, current).run(staged, scratch);
+    __syncthreads();
+    if (threadIdx.x == 0) current += static_cast<int>(gridDim.x);
+    __syncthreads();
   }
 }
 

@@ -71,7 +71,7 @@ bool sm90_takes(const TriangularForwardParams& p) {
 }
 
 bool sm90_takes(const TriangularBackwardParams& p) {
-  return takes(p, p.traversal == Traversal::kRows ? sm90::kLargestRowsDim : sm90::kLargestBackwardDim);
+  return takes(p, p.traversal == Traversal::kRows ? sm90::kLargestRowsBackwardDim : sm90::kLargestBackwardDim);
 }
 
 cudaError_t launch_triangular_forward_sm90(const TriangularForwardParams& p, cudaStream_t stream) {

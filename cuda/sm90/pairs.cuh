@@ -35,8 +35,7 @@ __device__ ForwardTerms forward_terms(const ElementFactors& f, float d, float ex
   const float moment = e * d;
   const float phi = moment * (d * fmaf(d, fmaf(d, fmaf(d, f.k5, f.k4), f.k3), f.k2));
   if constexpr (kAllNear) return {e, moment, phi};
-  // The student's side of the pair counts where the teacher's has underflowed.
-  const float other = exp2_approximate(fmaf(d, f.student, exponent));
+  const float other = f.of_student(d, exponent);
   return {e, moment, fabsf(d) < f.near ? phi : fmaf(-f.nats, moment, other - e)};
 }
 

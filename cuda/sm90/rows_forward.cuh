@@ -72,8 +72,7 @@ __device__ void add_row_fragments(const float (&difference)[kElements],
         sums.moment[r] = fmaf(e, d, sums.moment[r]);
         sums.phi[r] = fmaf(e, phi, sums.phi[r]);
       } else {
-        // The student's side of the pair counts where the teacher's has underflowed.
-        const float other = exp2_approximate(fmaf(d, f.student, exponent));
+        const float other = f.of_student(d, exponent);
         float moment = e * d;
         float term = fabsf(d) < f.near ? e * phi : fmaf(-f.nats, moment, other - e);
         if (kPartial && !window.counts(n, c)) e = moment = term = 0;

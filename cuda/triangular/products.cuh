@@ -7,7 +7,7 @@ namespace linearard::cuda::triangular {
 /// Blocks of threads of a multiprocessor, which decide the registers of a thread. Three blocks of the smallest
 /// dimension have to fit into shared memory, and into registers without spilling.
 template <int kDim>
-inline constexpr int kForwardBlocks = kDim <= 64 ? 3 : 2;
+inline constexpr int kForwardBlocks = 2;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 template <int kDim>
 inline constexpr int kBackwardBlocks = 2;
