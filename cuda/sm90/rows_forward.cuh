@@ -124,7 +124,7 @@ class RowsForward {
   static constexpr int kOwnerChunk = kOwners * kLineBytes;
   static constexpr int kVisitorChunk = kTileTokens * kLineBytes;
   /// Steps of the sum whose owners' vectors of the teacher stay in registers, which spares shared memory's bandwidth.
-  static constexpr int kRegisterSteps = kDim <= 128 ? kSteps : 0;
+  static constexpr int kRegisterSteps = kDim <= 128 ? std::min(kSteps, 6) : 0;
   // A stage holds the visitors' vectors of one side: first the teacher's, then the student's.
   static constexpr int kStages = kDim <= 128 ? 8 : 3;
   static constexpr int kStageBytes = kChunks * kVisitorChunk;
