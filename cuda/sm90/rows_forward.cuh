@@ -274,8 +274,8 @@ class RowsForward {
       done(even, true);
 #pragma unroll 1
       for (int tile = 0; tile < b_.tiles_; tile += 2) {
-        step(even, odd, tile);
-        step(odd, even, tile + 1);
+        visit(even, odd, tile);
+        visit(odd, even, tile + 1);
       }
       write(first_row);
     }
@@ -336,7 +336,7 @@ class RowsForward {
 
     /// Adds the pairs of a tile while the next one's products are made. All are waited for: ptxas follows no product
     /// through a loop's end.
-    __device__ void step(Products& products, Products& next, int tile) {
+    __device__ void visit(Products& products, Products& next, int tile) {
       const bool exists = tile + 1 < b_.tiles_;
       multiply(next, exists);
       add(products, tile);
