@@ -78,6 +78,18 @@ __device__ void add_fragments(const float (&difference)[kElements],
   }
 }
 
+/// Turns the student's products of kVoteFragments into differences. Returns the farthest one of the thread.
+template <int kElements>
+__device__ float subtract_teacher(float (&student)[kElements], const float (&teacher)[kElements], int first) {
+  float largest[4] = {};  // four chains, which do not wait for each other
+#pragma unroll
+  for (int i = 4 * first; i < 4 * (first + kVoteFragments); ++i) {
+    student[i] -= teacher[i];
+    largest[i % 4] = fmaxf(largest[i % 4], fabsf(student[i]));  // NaN passes: it reaches the sums through E
+  }
+  return fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
+}
+
 /// Adds all pairs to the sums of their rows and columns. Overwrites the student's products.
 /// @param columns values of the thread's columns of fragment 0; those of fragment n are 4 n pairs further
 template <bool kPartial, int kElements>
@@ -91,14 +103,7 @@ __device__ void add_pairs(float (&student)[kElements],
   static_assert(kElements % (4 * kVoteFragments) == 0);
 #pragma unroll
   for (int first = 0; first < kElements / 4; first += kVoteFragments) {
-    float largest[4] = {};  // four chains, which do not wait for each other
-#pragma unroll
-    for (int i = 4 * first; i < 4 * (first + kVoteFragments); ++i) {
-      student[i] -= teacher[i];
-      largest[i % 4] = fmaxf(largest[i % 4], fabsf(student[i]));  // NaN passes: it reaches the sums through E
-    }
-    const float farthest = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
-    if (__all_sync(0xffffffffu, farthest < factors.near)) {
+    if (__all_sync(0xffffffffu, subtract_teacher(student, teacher, first) < factors.near)) {
       add_fragments<kPartial, true>(student, teacher, first, factors, columns, diagonal, rows, column_sums);
     } else {
       add_fragments<kPartial, false>(student, teacher, first, factors, columns, diagonal, rows, column_sums);

@@ -96,13 +96,7 @@ __device__ void add_row_pairs(float (&student)[kElements],
   RowPairSums of_tile;
 #pragma unroll
   for (int first = 0; first < kElements / 4; first += kVoteFragments) {
-    float largest[4] = {};  // four chains, which do not wait for each other
-#pragma unroll
-    for (int i = 4 * first; i < 4 * (first + kVoteFragments); ++i) {
-      student[i] -= teacher[i];
-      largest[i % 4] = fmaxf(largest[i % 4], fabsf(student[i]));  // NaN passes: it reaches the sums
-    }
-    const float farthest = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
+    const float farthest = subtract_teacher(student, teacher, first);
     if (!kPartial && __all_sync(0xffffffffu, farthest < factors.near)) {
       add_row_fragments<false, true>(student, teacher, first, factors, shift, window, of_tile);
     } else {
