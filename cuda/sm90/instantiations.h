@@ -5,12 +5,14 @@
 #include <cuda_runtime_api.h>
 
 #include "../triangular/params.h"
+#include "rows.h"
 
 // The kernels that exist: each is instantiated in a file of its own in cuda/instantiations.
 
 #define LINEARARD_FOR_EACH_SM90_FORWARD(macro, T) macro(T, 64) macro(T, 128) macro(T, 256)
 #define LINEARARD_FOR_EACH_SM90_BACKWARD(macro, T) macro(T, 64) macro(T, 128)
 #define LINEARARD_FOR_EACH_SM90_ROWS(macro, T) macro(T, 64) macro(T, 128) macro(T, 256)
+#define LINEARARD_FOR_EACH_SM90_PAIRS(macro, T) macro(T, 64) macro(T, 128)
 
 namespace linearard::cuda::sm90 {
 
@@ -19,6 +21,7 @@ inline constexpr int kLargestBackwardDim = 128;
 inline constexpr int kLargestRowsDim = 256;
 /// At D = 256 the row-wise backward is off by 1 % on an H200, though not in emulation.
 inline constexpr int kLargestRowsBackwardDim = 128;
+inline constexpr int kLargestPairsDim = 128;
 
 template <typename T, int kDim>
 cudaError_t launch_forward(const TriangularForwardParams& params, int multiprocessors, cudaStream_t stream);
@@ -29,6 +32,12 @@ template <typename T, int kDim>
 cudaError_t launch_rows_forward(const TriangularForwardParams& params, int multiprocessors, cudaStream_t stream);
 template <typename T, int kDim>
 cudaError_t launch_rows_backward(const TriangularBackwardParams& params, int multiprocessors, cudaStream_t stream);
+
+/// Of two sets.
+template <typename T, int kDim>
+cudaError_t launch_pairs_forward(const RowsForwardParams& params, int multiprocessors, cudaStream_t stream);
+template <typename T, int kDim>
+cudaError_t launch_pairs_backward(const RowsBackwardParams& p, Pairs pairs, int multiprocessors, cudaStream_t stream);
 
 #define LINEARARD_FORWARD(T, kDim) \
   extern template cudaError_t launch_forward<T, kDim>(const TriangularForwardParams&, int, cudaStream_t);
@@ -44,6 +53,12 @@ LINEARARD_FOR_EACH_SM90_BACKWARD(LINEARARD_BACKWARD, __nv_bfloat16)
 LINEARARD_FOR_EACH_SM90_ROWS(LINEARARD_ROWS, __half)
 LINEARARD_FOR_EACH_SM90_ROWS(LINEARARD_ROWS, __nv_bfloat16)
 #undef LINEARARD_ROWS
+#define LINEARARD_PAIRS(T, kDim)                                                                          \
+  extern template cudaError_t launch_pairs_forward<T, kDim>(const RowsForwardParams&, int, cudaStream_t); \
+  extern template cudaError_t launch_pairs_backward<T, kDim>(const RowsBackwardParams&, Pairs, int, cudaStream_t);
+LINEARARD_FOR_EACH_SM90_PAIRS(LINEARARD_PAIRS, __half)
+LINEARARD_FOR_EACH_SM90_PAIRS(LINEARARD_PAIRS, __nv_bfloat16)
+#undef LINEARARD_PAIRS
 #undef LINEARARD_FORWARD
 #undef LINEARARD_BACKWARD
 

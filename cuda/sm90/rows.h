@@ -25,6 +25,33 @@ struct alignas(16) RowToken {
 };
 inline constexpr float kReserve = 64.f;
 
+struct RowsForwardParams {
+  Vectors own_student;
+  Vectors own_teacher;
+  Vectors other_student;
+  Vectors other_teacher;
+  int batch;
+  int heads;   ///< of the owners
+  int group;   ///< heads of the owners that share one of the others
+  int owners;  ///< of a head
+  int others;
+  bool causal;
+  int offset;  ///< keys - rows: a row sees keys up to its own number + offset
+  LogitFactors factors;
+  // A relation's sums over the other tokens, as TriangularForwardParams has them.
+  const ForwardToken* token_values;
+  const float* centers;
+  const int* wide_heads;  ///< [B heads] 1: left to the dense kernels; null: none
+  float* sums;
+  OwnLogit* own;
+  // Results of the rows of two sets [B, heads, owners], nats, and those left to the dense kernels.
+  float* kl;
+  float* lse_student;
+  float* lse_teacher;
+  int* row_counts;  ///< [B heads] rows listed, zero before
+  int* row_lists;   ///< [B heads, owners]
+};
+
 struct RowsBackwardParams {
   Vectors own_student;
   Vectors own_teacher;

@@ -36,21 +36,45 @@ cudaError_t launch_rows(const RowsBackwardParams& p, int multiprocessors, cudaSt
                        Kernel::kSharedBytes, stream);
 }
 
-template <typename T, int kDim>
-cudaError_t launch_rows_forward(const TriangularForwardParams& p, int multiprocessors, cudaStream_t stream) {
-  using Kernel = RowsForward<T, kDim>;
+template <typename T, int kDim, typename Rows>
+cudaError_t launch_rows(const RowsForwardParams& p, int multiprocessors, cudaStream_t stream) {
+  using Kernel = RowsForward<T, kDim, Rows>;
   RowsForwardArguments arguments;
   arguments.params = p;
-  const int64_t head_bytes = int64_t{4} * p.tokens * p.student.dim;  // of both sides
-  arguments.schedule = schedule_of_rows(p.batch * p.heads, p.tokens, Kernel::kOwners, head_bytes, multiprocessors);
-  cudaError_t error = map_vectors(arguments.student, p.student, p.batch, p.heads, p.tokens);
-  if (error == cudaSuccess) error = map_vectors(arguments.teacher, p.teacher, p.batch, p.heads, p.tokens);
+  const int64_t head_bytes = int64_t{4} * p.others * p.own_student.dim / p.group;  // of both sides
+  arguments.schedule = schedule_of_rows(p.batch * p.heads, p.owners, Kernel::kOwners, head_bytes, multiprocessors);
+  const int other_heads = p.heads / p.group;
+  cudaError_t error = map_vectors(arguments.own_student, p.own_student, p.batch, p.heads, p.owners);
+  if (error == cudaSuccess) error = map_vectors(arguments.own_teacher, p.own_teacher, p.batch, p.heads, p.owners);
+  if (error == cudaSuccess)
+    error = map_vectors(arguments.other_student, p.other_student, p.batch, other_heads, p.others);
+  if (error == cudaSuccess)
+    error = map_vectors(arguments.other_teacher, p.other_teacher, p.batch, other_heads, p.others);
   if (error != cudaSuccess) return error;
-  return launch_blocks(rows_forward_kernel<T, kDim>, arguments, arguments.schedule.blocks(), kThreads,
+  return launch_blocks(rows_forward_kernel<T, kDim, Rows>, arguments, arguments.schedule.blocks(), kThreads,
                        Kernel::kSharedBytes, stream);
 }
 
 /// Instantiated in instantiations/, one file for each dtype and dimension.
+template <typename T, int kDim>
+cudaError_t launch_rows_forward(const TriangularForwardParams& p, int multiprocessors, cudaStream_t stream) {
+  RowsForwardParams rows{};
+  rows.own_student = rows.other_student = p.student;
+  rows.own_teacher = rows.other_teacher = p.teacher;
+  rows.batch = p.batch;
+  rows.heads = p.heads;
+  rows.group = 1;
+  rows.owners = rows.others = p.tokens;
+  rows.causal = p.causal;
+  rows.factors = p.factors;
+  rows.token_values = p.token_values;
+  rows.centers = p.centers;
+  rows.wide_heads = p.wide_heads;
+  rows.sums = p.sums;
+  rows.own = p.own;
+  return launch_rows<T, kDim, RelationRows>(rows, multiprocessors, stream);
+}
+
 template <typename T, int kDim>
 cudaError_t launch_rows_backward(const TriangularBackwardParams& p, int multiprocessors, cudaStream_t stream) {
   RowsBackwardParams rows{};
@@ -66,6 +90,17 @@ cudaError_t launch_rows_backward(const TriangularBackwardParams& p, int multipro
   rows.wide_heads = p.wide_heads;
   rows.sums = p.gradient;
   return launch_rows<T, kDim, Pairs::kRelation>(rows, multiprocessors, stream);
+}
+
+template <typename T, int kDim>
+cudaError_t launch_pairs_forward(const RowsForwardParams& p, int multiprocessors, cudaStream_t stream) {
+  return launch_rows<T, kDim, AttentionRows>(p, multiprocessors, stream);
+}
+
+template <typename T, int kDim>
+cudaError_t launch_pairs_backward(const RowsBackwardParams& p, Pairs pairs, int multiprocessors, cudaStream_t stream) {
+  return pairs == Pairs::kQueries ? launch_rows<T, kDim, Pairs::kQueries>(p, multiprocessors, stream)
+                                  : launch_rows<T, kDim, Pairs::kKeys>(p, multiprocessors, stream);
 }
 
 }  // namespace linearard::cuda::sm90
