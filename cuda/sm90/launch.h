@@ -18,4 +18,20 @@ bool sm90_takes(const TriangularBackwardParams& params);
 cudaError_t launch_triangular_forward_sm90(const TriangularForwardParams& params, cudaStream_t stream);
 cudaError_t launch_triangular_backward_sm90(const TriangularBackwardParams& params, cudaStream_t stream);
 
+// --- two sets: row by row, the same bits in every run ----------------------------------------------------------------
+
+/// Likewise for calls of the dense kernels on two sets, of a dimension of at most 128, without padding and ranges.
+bool sm90_takes_sets(const ForwardParams& params);
+bool sm90_takes_sets(const BackwardParams& params);
+
+/// @param row_counts, row_lists rows that are left to the dense kernels, as ForwardParams takes them; the counts are
+/// zero before. @param ordered row_lists gets 1 or 0 for each row instead, see triangular::order_rows
+cudaError_t launch_sets_forward_sm90(
+    const ForwardParams& params, int* row_counts, int* row_lists, bool ordered, cudaStream_t stream);
+
+/// Bytes of each of the rows' heads' rows that the backward works on.
+inline constexpr int kSetsRowBytes = 16;
+/// @param row_values aligned to 16 bytes
+cudaError_t launch_sets_backward_sm90(const BackwardParams& params, void* row_values, cudaStream_t stream);
+
 }  // namespace linearard::cuda

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include "../triangular/params.h"
 
 // The row-wise kernels: a block of threads owns tokens, walks over all others that they meet, and writes its owners'
@@ -50,6 +52,7 @@ struct RowsForwardParams {
   float* lse_teacher;
   int* row_counts;  ///< [B heads] rows listed, zero before
   int* row_lists;   ///< [B heads, owners]
+  bool ordered;     ///< 1 or 0 for each row instead, whether it is listed
 };
 
 struct RowsBackwardParams {

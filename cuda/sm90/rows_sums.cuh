@@ -193,10 +193,11 @@ class RelationRows {
   }
 };
 
-/// Rows of queries over keys. The reference of a row is the largest of its first logits; where later ones lie so far
-/// above that the sums would leave the range of float, it moves. Differences are taken from their mean so far, which
-/// moves after the first tile and whenever twice as many have been seen:
+/// Rows of queries over keys. The reference of a row is the largest of its first logits. Differences are taken from
+/// their mean so far, which moves after the first tile and whenever twice as many have been seen:
 ///   sum e phi(d - k) = 2^-k (sum e phi(d)) + (2^-k - 1) sum e d + phi(-k) sum e
+/// A tile whose logits lie so far above the reference that the sums would leave the range of float, or that outweighs
+/// what has been seen, is added after both have moved to where it puts them.
 class AttentionRows {
  public:
   static constexpr int kRegisterSteps = 4;
@@ -216,18 +217,23 @@ class AttentionRows {
     const bool partial = column == 0 || last >= p.others || (p.causal && last > first + p.offset);
     if (!partial) {
       const RowPairSums of_tile = sum_row_pairs<false, true>(student, teacher, factors, shift_, mean_, RowWindow{});
-      // NaN is far as well.
-      const bool near = of_tile.mass[0] < kLargestMass && of_tile.mass[1] < kLargestMass;
-      if (__all_sync(0xffffffffu, near)) {
+      // NaN is much as well.
+      const bool little = of_tile.mass[0] < fminf(kLargestMass, kLargestGrowth * sums_.mass[0]) &&
+                          of_tile.mass[1] < fminf(kLargestMass, kLargestGrowth * sums_.mass[1]);
+      if (__all_sync(0xffffffffu, little)) {
         sums_.add(of_tile);
-      } else {
-        add_again(p, student, teacher, factors, first, column, true);
+        const int tile = column / kTileTokens;
+        if ((tile & (tile + 1)) == 0) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const float mass = over_columns(sums_.mass[r]);
+            recenter(r, over_columns(sums_.moment[r]) / mass, mass, factors);
+          }
+        }
+        return;
       }
-    } else {
-      add_again(p, student, teacher, factors, first, column, false);
     }
-    const int tile = column / kTileTokens;
-    if ((tile & (tile + 1)) == 0 && tile > 0) recenter(factors);
+    add_much(p, student, teacher, factors, first, column, !partial);
   }
 
   __device__ void write(const RowsForwardParams& p, int head, int first) const {
@@ -237,27 +243,31 @@ class AttentionRows {
       const float moment = over_columns(sums_.moment[r]);
       const float phi = over_columns(sums_.phi[r]);
       const int row = first + row_of_thread() + 8 * r;
-      if (threadIdx.x % 4 == 0 && row < p.owners) write_row(p, head, row, mass, moment, phi, -shift_[r], mean_[r]);
+      if (threadIdx.x % 4 == 0 && row < p.owners) {
+        write_row(p, head, row, {mass, moment, phi, -shift_[r], mean_[r], moved_[r]});
+      }
     }
   }
 
  private:
   static constexpr float kLargestMass = 0x1p40f;
+  static constexpr float kLargestGrowth = 64.f;  ///< then at most 2e-7 x this of the divergence are lost
+  static constexpr float kLargestStep = 16.f;    ///< of a mean, nats
 
   float shift_[2] = {0, 0};  ///< -reference of the teacher's logits
   float mean_[2] = {0, 0};
+  float moved_[2] = {0, 0};  ///< sum of the row's mass x (step of its mean in nats)^2, at each step
   RowPairSums sums_;
 
-  /// A tile that may hold logits of any size, or pairs that do not count.
   /// @param shifted whether the student's products are differences already
   template <int kElements>
-  __device__ void add_again(const RowsForwardParams& p,
-                            float (&student)[kElements],
-                            const float (&teacher)[kElements],
-                            const ElementFactors& f,
-                            int first,
-                            int column,
-                            bool shifted) {
+  __device__ void add_much(const RowsForwardParams& p,
+                           float (&student)[kElements],
+                           const float (&teacher)[kElements],
+                           const ElementFactors& f,
+                           int first,
+                           int column,
+                           bool shifted) {
     const RowWindow window{column + column_of_thread(), p.others,
                            p.causal ? first + row_of_thread() + p.offset : kAllColumns, kNoColumn};
     float top[2] = {-INFINITY, -INFINITY};
@@ -271,90 +281,103 @@ class AttentionRows {
     for (int r = 0; r < 2; ++r) {
       top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
       top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
-      if (top[r] == -INFINITY || (column > 0 && top[r] <= -shift_[r])) continue;
-      if (column > 0) {
+      if (column == 0) {
+        shift_[r] = top[r] == -INFINITY ? 0.f : -top[r];
+      } else if (top[r] > -shift_[r]) {
         const float shrink = exp2_approximate(-shift_[r] - top[r]);
         sums_.mass[r] *= shrink;
         sums_.moment[r] *= shrink;
         sums_.phi[r] *= shrink;
+        moved_[r] *= shrink;
+        shift_[r] = -top[r];
       }
-      shift_[r] = -top[r];
     }
-    if (column == 0) {
-      // The first mean.
-      float mass[2] = {0, 0};
-      float moment[2] = {0, 0};
+    float mass[2] = {0, 0};
+    float moment[2] = {0, 0};
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        if (!window.counts(i / 4, i % 4)) continue;
-        const int r = i / 2 % 2;
-        const float e = exp2_approximate(fmaf(teacher[i], f.teacher, shift_[r]));
-        mass[r] += e;
-        moment[r] = fmaf(e, student[i], moment[r]);
-      }
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        mass[r] = over_columns(mass[r]);
-        moment[r] = over_columns(moment[r]);
-        mean_[r] = mass[r] > 0 ? moment[r] / mass[r] : 0.f;
-      }
-#pragma unroll
-      for (int i = 0; i < kElements; ++i)
-        student[i] -= mean_[i / 2 % 2];
+    for (int i = 0; i < kElements; ++i) {
+      const int r = i / 2 % 2;
+      const float e = exp2_approximate(fmaf(teacher[i], f.teacher, shift_[r]));
+      if (!window.counts(i / 4, i % 4)) continue;
+      mass[r] += e;
+      moment[r] = fmaf(e, student[i], moment[r]);
     }
+    float step[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float before = over_columns(sums_.mass[r]);
+      const float all = before + over_columns(mass[r]);
+      step[r] = over_columns(sums_.moment[r] + moment[r]) / all;
+      if (column == 0) {
+        if (all > 0)
+          mean_[r] = step[r];
+        else
+          step[r] = 0;
+      } else if (!recenter(r, step[r], before, f)) {
+        step[r] = 0;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kElements; ++i)
+      student[i] -= step[i / 2 % 2];
 #pragma unroll
     for (int n = 0; n < kElements / 4; n += kVoteFragments)
       add_row_fragments<true, false>(student, teacher, n, f, shift_, window, sums_);
   }
 
-  __device__ void recenter(const ElementFactors& f) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float mass = over_columns(sums_.mass[r]);
-      const float step = over_columns(sums_.moment[r]) / mass;
-      const float nats = step * f.nats;
-      if (!(fabsf(nats) < 16.f)) continue;  // or no mass yet
-      const float shrink = expm1f(-nats);
-      // phi(-k) by its series where shrink + nats would cancel.
-      const float square = nats * nats;
-      const float less = fabsf(nats) < 0.1f
-                             ? square * (0.5f - nats * (1.f / 6 - nats * (1.f / 24 - nats * (1.f / 120))))
-                             : shrink + nats;
-      sums_.phi[r] += fmaf(shrink, sums_.phi[r] + sums_.moment[r] * f.nats, less * sums_.mass[r]);
-      sums_.moment[r] = fmaf(-step, sums_.mass[r], sums_.moment[r]);
-      mean_[r] += step;
-    }
+  /// The mean moves by `step`; @param mass of the row. False where it stays: too far, or no mass yet.
+  __device__ bool recenter(int r, float step, float mass, const ElementFactors& f) {
+    const float nats = step * f.nats;
+    if (!(fabsf(nats) < kLargestStep)) return false;
+    const float shrink = expm1f(-nats);
+    // phi(-k) by its series where shrink + nats would cancel.
+    const float square = nats * nats;
+    const float less = fabsf(nats) < 0.1f ? square * (0.5f - nats * (1.f / 6 - nats * (1.f / 24 - nats * (1.f / 120))))
+                                          : shrink + nats;
+    sums_.phi[r] += fmaf(shrink, fmaf(sums_.moment[r], f.nats, sums_.phi[r]), less * sums_.mass[r]);
+    sums_.moment[r] = fmaf(-step, sums_.mass[r], sums_.moment[r]);
+    mean_[r] += step;
+    moved_[r] = fmaf(square, mass, moved_[r]);
+    return true;
   }
 
-  /// @param reference of the logits, in units of log 2; @param mean of the differences / student
-  __device__ static void write_row(const RowsForwardParams& p,
-                                   int head,
-                                   int row,
-                                   float mass,
-                                   float moment,
-                                   float phi_sum,
-                                   float reference,
-                                   float mean) {
+  struct Row {
+    float mass;
+    float moment;
+    float phi;
+    float reference;  ///< of the logits, in units of log 2
+    float mean;       ///< of the differences / student
+    float moved;
+  };
+
+  __device__ static void write_row(const RowsForwardParams& p, int head, int row, const Row& of) {
     const int64_t at = static_cast<int64_t>(head) * p.owners + row;
     const int keys = p.causal ? max(0, min(p.others, row + 1 + p.offset)) : p.others;
     if (keys == 0) {
       p.kl[at] = p.lse_student[at] = p.lse_teacher[at] = 0;
+      if (p.ordered) p.row_lists[at] = 0;
       return;
     }
     const double nats = static_cast<double>(p.factors.student) * triangular::kLn2Wide;
-    const double m = static_cast<double>(moment) / mass * nats;
-    const double c = static_cast<double>(phi_sum) / mass;
+    const double m = static_cast<double>(of.moment) / of.mass * nats;
+    const double c = static_cast<double>(of.phi) / of.mass;
     const double a = m + c;
     const double kl = keys > 1 ? triangular::tilted_divergence(a, c, m) : 0;
-    const double lse_teacher = reference * triangular::kLn2Wide + log(static_cast<double>(mass));
-    const double lse_student = lse_teacher + mean * nats + log1p(a);
+    const double lse_teacher = of.reference * triangular::kLn2Wide + log(static_cast<double>(of.mass));
+    const double lse_student = lse_teacher + of.mean * nats + log1p(a);
     p.kl[at] = static_cast<float>(fmax(kl, 0.0));
     p.lse_student[at] = static_cast<float>(lse_student);
     p.lse_teacher[at] = static_cast<float>(lse_teacher);
+    // What was added before a step of the mean keeps the rounding that it had.
+    const double error = triangular::tilted_error(a, c, m) + 3e-7 * static_cast<double>(of.moved) / of.mass;
     // Not below: NaN is listed.
     const bool good = a >= -0.98 && fabs(lse_student) + fabs(lse_teacher) < Base<float>::kHuge &&
-                      (keys == 1 || triangular::tilted_error(a, c, m) < triangular::allowed_error(kl));
-    if (!good) p.row_lists[static_cast<int64_t>(head) * p.owners + atomicAdd(p.row_counts + head, 1)] = row;
+                      (keys == 1 || error < triangular::allowed_error(kl));
+    if (p.ordered) {
+      p.row_lists[at] = good ? 0 : 1;
+    } else if (!good) {
+      p.row_lists[static_cast<int64_t>(head) * p.owners + atomicAdd(p.row_counts + head, 1)] = row;
+    }
   }
 };
 

@@ -90,9 +90,9 @@ __global__ void __launch_bounds__(kThreads) finish_forward_kernel(const __grid_c
 }
 
 /// Makes lists of rows out of their marks, in place. A warp serves a head: what it writes it has read.
-__global__ void __launch_bounds__(32) order_rows_kernel(const __grid_constant__ FinishForwardParams p) {
+__global__ void __launch_bounds__(32) order_rows_kernel(const __grid_constant__ OrderRowsParams p) {
   const int problem = static_cast<int>(blockIdx.x);
-  const int tokens = p.visibility.rows;
+  const int tokens = p.rows;
   const int lane = static_cast<int>(threadIdx.x);
   int* const list = p.row_lists + static_cast<int64_t>(problem) * tokens;
   int count = 0;
@@ -168,7 +168,11 @@ cudaError_t finish_forward(const FinishForwardParams& params, cudaStream_t strea
   const cudaError_t error =
       launch_blocks(finish_forward_kernel, params, (rows + kThreads - 1) / kThreads, kThreads, 0, stream);
   if (error != cudaSuccess || !params.ordered) return error;
-  return launch_blocks(order_rows_kernel, params, int64_t{params.batch} * params.heads, 32, 0, stream);
+  return order_rows({params.batch * params.heads, params.visibility.rows, params.row_counts, params.row_lists}, stream);
+}
+
+cudaError_t order_rows(const OrderRowsParams& params, cudaStream_t stream) {
+  return launch_blocks(order_rows_kernel, params, params.problems, 32, 0, stream);
 }
 
 cudaError_t finish_backward(const FinishBackwardParams& params, cudaStream_t stream) {

@@ -126,6 +126,14 @@ struct FinishForwardParams {
   bool ordered;        ///< list rows in their order: which of them are computed together is the same in every run
 };
 
+/// Marks of rows become lists of them, in place.
+struct OrderRowsParams {
+  int problems;
+  int rows;
+  int* row_counts;  ///< [problems] written
+  int* row_lists;   ///< [problems, rows] 1: listed
+};
+
 /// Before the backward: values of the tokens, and zeros for what the steps after it add to.
 struct PrepareBackwardParams {
   int batch;

@@ -16,6 +16,7 @@
 
 #include "backends.h"
 #include "cuda/problem.h"
+#include "cuda/sets.h"
 #include "cuda/tensors.h"
 #include "cuda/triangular.h"
 #include "kernel_scope.h"
@@ -198,8 +199,9 @@ ThreeTensors forward_of(const Arguments& arguments) {
     std::swap(form.student_multiplier, form.teacher_multiplier);
   }
   const at::Tensor ratios = measured_ratios(problem);
-  run_forward(forward_params(problem, float64 ? &form : nullptr, ratios), to, float64, problem.device(),
-              triangular_forward(problem, to));
+  const ForwardParams params = forward_params(problem, float64 ? &form : nullptr, ratios);
+  run_forward(params, to, float64, problem.device(),
+              problem.relation ? triangular_forward(problem, to) : sets_forward(problem, params, to));
   if (exchanged) std::swap(to.lse_student, to.lse_teacher);
   return {to.kl, to.lse_student, to.lse_teacher};
 }
@@ -349,7 +351,7 @@ class BackwardCall {
       }
       params.grad_kl = left && expand ? row_grads : grad_kl.const_data_ptr();
       params.only_heads = left ? left->heads : nullptr;
-      check_launch(backward(params, stream), kAction, device);
+      if (!sets_backward(problem_, params)) check_launch(backward(params, stream), kAction, device);
     }
 
     // Float statistics cannot hold what made the marks: all again in double.

@@ -107,6 +107,8 @@ std::optional<TriangularBackwardParams> backward_params_of(const Problem& proble
 
 }  // namespace
 
+bool hopper_is_enabled() { return enabled_kernels() == Kernels::kAll; }
+
 bool is_expanded_scalar(const at::Tensor& tensor) {
   for (int64_t d = 0; d < tensor.dim(); ++d)
     if (tensor.size(d) > 1 && tensor.stride(d) != 0) return false;
