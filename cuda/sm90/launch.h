@@ -20,7 +20,7 @@ cudaError_t launch_triangular_backward_sm90(const TriangularBackwardParams& para
 
 // --- two sets: row by row, the same bits in every run ----------------------------------------------------------------
 
-/// Likewise for calls of the dense kernels on two sets, of a dimension of at most 128, without padding and ranges.
+/// Likewise for calls of the dense kernels on two sets, without padding and ranges.
 bool sm90_takes_sets(const ForwardParams& params);
 bool sm90_takes_sets(const BackwardParams& params);
 

@@ -18,7 +18,8 @@ cudaError_t launch_rows(const RowsBackwardParams& p, int multiprocessors, cudaSt
   using Kernel = RowsBackward<T, kDim, kPairs>;
   RowsBackwardArguments arguments;
   arguments.params = p;
-  const int64_t head_bytes = int64_t{4} * p.others * p.own_student.dim * p.other_heads;  // of both sides
+  // Of both sides: heads that share the others, or walk over several of them, read one of them at a time.
+  const int64_t head_bytes = int64_t{4} * p.others * p.own_student.dim / p.group;
   arguments.schedule = schedule_of_rows(p.batch * p.heads, p.owners, Kernel::kOwners, head_bytes, multiprocessors);
   const int other_heads = p.heads * p.other_heads / p.group;
   const auto map = [&](CUtensorMap& to, const Vectors& vectors, int heads, int tokens) {

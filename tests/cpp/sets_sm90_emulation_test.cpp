@@ -45,13 +45,15 @@ std::ostream& operator<<(std::ostream& out, const Sets& s) {
 
 template <typename T>
 cudaError_t launch_of(const cuda::sm90::RowsForwardParams& p) {
-  return p.own_student.dim <= 64 ? cuda::sm90::launch_pairs_forward<T, 64>(p, 4, nullptr)
-                                 : cuda::sm90::launch_pairs_forward<T, 128>(p, 4, nullptr);
+  if (p.own_student.dim <= 64) return cuda::sm90::launch_pairs_forward<T, 64>(p, 4, nullptr);
+  if (p.own_student.dim <= 128) return cuda::sm90::launch_pairs_forward<T, 128>(p, 4, nullptr);
+  return cuda::sm90::launch_pairs_forward<T, 256>(p, 4, nullptr);
 }
 template <typename T>
 cudaError_t launch_of(const cuda::sm90::RowsBackwardParams& p, cuda::sm90::Pairs pairs) {
-  return p.own_student.dim <= 64 ? cuda::sm90::launch_pairs_backward<T, 64>(p, pairs, 4, nullptr)
-                                 : cuda::sm90::launch_pairs_backward<T, 128>(p, pairs, 4, nullptr);
+  if (p.own_student.dim <= 64) return cuda::sm90::launch_pairs_backward<T, 64>(p, pairs, 4, nullptr);
+  if (p.own_student.dim <= 128) return cuda::sm90::launch_pairs_backward<T, 128>(p, pairs, 4, nullptr);
+  return cuda::sm90::launch_pairs_backward<T, 256>(p, pairs, 4, nullptr);
 }
 
 class SetsSm90 : public ::testing::TestWithParam<Sets> {
@@ -154,6 +156,7 @@ INSTANTIATE_TEST_SUITE_P(
         Sets{.rows = 100, .keys = 200, .dim = 128, .type = at::kHalf, .causal = true, .noise = 0.2},
         Sets{.rows = 64, .keys = 400, .grown = 30, .schedule = 5},
         Sets{.rows = 64, .keys = 300, .noise = 0.02, .shift = 4},
+        Sets{.rows = 140, .keys = 200, .dim = 256, .causal = true, .schedule = 6},
         Sets{.heads = 1, .key_heads = 1, .rows = 3, .keys = 1}),
     [](const auto& info) { return "Case" + std::to_string(info.index); });
 
