@@ -72,8 +72,7 @@ struct RowsBackwardParams {
   const void* own_values;    ///< [B, heads, owners] BackwardToken, or RowToken; null for keys
   const void* other_values;  ///< [B, heads x other_heads / group, others] likewise; null for queries
   const int* wide_heads;     ///< [B heads] 1: left to the dense kernels; null: none
-  float* sums;               ///< relation: [B heads, owners, D] sum_j H_ij x_j, without the scale
-  void* gradient;            ///< else: of the vectors' type
+  void* gradient;            ///< [B heads, owners, D] of the vectors' type
   double output_scale;
   const float* largest_grad;  ///< max |upstream gradient|, for half only
   RedoMarks redo;

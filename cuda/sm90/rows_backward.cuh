@@ -350,31 +350,7 @@ class RowsBackward {
     const Walk walk = Walk::of_block(arguments_.schedule, anew(static_cast<int>(blockIdx.x)));
     const int first = Terms::first_of(walk.token_block, arguments_.schedule.token_blocks) * kOwners;
     const int row = anew(static_cast<int>(threadIdx.x)) / kWarpgroup * kTileTokens - kTileTokens + row_of_thread();
-    if constexpr (kPairs == Pairs::kRelation) {
-      write_sums(consumer.gradient, walk.head, first + row);
-    } else {
-      write_gradient(consumer.gradient, walk.head, first + row);
-    }
-  }
-
-  __device__ void write_sums(const float (&gradient)[kParts][kPartElements], int problem, int first_row) const {
-    const int dim = p_.own_student.dim;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int token = first_row + 8 * r;
-      if (token >= p_.owners) continue;
-      float* to = p_.sums + (static_cast<int64_t>(problem) * p_.owners + token) * dim;
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-        for (int n = 0; n < kPartElements / 4; ++n) {
-          const int d = part * 2 * kPartElements + 8 * n + column_of_thread();
-          if (d >= dim) continue;
-          *reinterpret_cast<float2*>(to + d) =
-              make_float2(gradient[part][4 * n + 2 * r], gradient[part][4 * n + 2 * r + 1]);
-        }
-      }
-    }
+    write_gradient(consumer.gradient, walk.head, first + row);
   }
 
   __device__ void write_gradient(const float (&gradient)[kParts][kPartElements], int problem, int first_row) const {

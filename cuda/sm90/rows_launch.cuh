@@ -89,7 +89,10 @@ cudaError_t launch_rows_backward(const TriangularBackwardParams& p, int multipro
   rows.factors = p.factors;
   rows.own_values = rows.other_values = p.token_values;
   rows.wide_heads = p.wide_heads;
-  rows.sums = p.gradient;
+  rows.gradient = p.result;
+  rows.output_scale = p.output_scale;
+  rows.largest_grad = p.largest_grad;
+  rows.redo = p.redo;
   return launch_rows<T, kDim, Pairs::kRelation>(rows, multiprocessors, stream);
 }
 

@@ -82,8 +82,12 @@ struct TriangularBackwardParams {
   LogitFactors factors;
   const BackwardToken* token_values;  ///< [B H, N]
   const int* wide_heads;              ///< [B H]
-  float* gradient;                    ///< [B H, N, D] sum_j H_ij x_j, without the scale; zero before, but for
-                                      ///< kRows on Hopper
+  float* gradient;                    ///< [B H, N, D] sum_j H_ij x_j, without the scale; zero before
+  // Row by row, Hopper's kernels write the gradient itself instead.
+  void* result;  ///< [B H, N, D] of the vectors' type
+  double output_scale;
+  const float* largest_grad;
+  RedoMarks redo;
 };
 
 /// Before the forward: values of the tokens, and zeros for what the steps after it add to.

@@ -183,12 +183,19 @@ TEST_P(TriangularSm90, Backward) {
           .to(at::kFloat)
           .contiguous();
   const at::Tensor wide = at::zeros({r.batch * r.heads}, at::kInt);
-  // Row by row it is written, not added to.
-  const at::Tensor gradient = at::full({r.batch * r.heads, r.tokens, r.dim}, r.rows ? std::nan("") : 0., at::kFloat);
+  at::Tensor gradient = at::zeros({r.batch * r.heads, r.tokens, r.dim}, at::kFloat);
+  const at::Tensor result = at::full(gradient.sizes(), NAN, r.type);
+  const at::Tensor marks = testing::clear_marks(r.batch * r.heads, r.tokens);
   auto params = params_of<cuda::TriangularBackwardParams>(r, p, wide);
   params.token_values = reinterpret_cast<const BackwardToken*>(values.const_data_ptr<float>());
   params.gradient = gradient.mutable_data_ptr<float>();
+  params.result = result.mutable_data_ptr();
+  params.output_scale = 1;
+  params.redo = marks.mutable_data_ptr<int>();
   ASSERT_EQ(launch(r, params), cudaSuccess);
+  // Row by row the result is written, in its own type.
+  if (r.rows) gradient = result;
+  EXPECT_EQ(marks.sum().item<int64_t>(), 0);
 
   // G_ij = upstream_i (Q_ij - P_ij), straight from its definition.
   const at::Tensor q = at::exp2(p.t + p.x - student.unsqueeze(2));
@@ -199,7 +206,8 @@ TEST_P(TriangularSm90, Backward) {
   const at::Tensor p_of_row = upstream.abs().unsqueeze(2) * at::exp2(p.t - teacher.unsqueeze(2)) * pairs;
   const double own = (p.t.diagonal(0, 1, 2).mean() * std::log(2.0)).item<double>();
   const double of_probabilities = (p_of_row + p_of_row.mT()).matmul(flat(p.student)).norm().item<double>();
-  const double promise = 2 * (rounded - exact).norm().item<double>() + 5e-7 * (1 + own) * of_probabilities;
+  const double of_result = r.rows ? (exact.to(r.type).to(at::kDouble) - exact).norm().item<double>() : 0;
+  const double promise = 2 * (rounded - exact).norm().item<double>() + 5e-7 * (1 + own) * of_probabilities + of_result;
   EXPECT_LT((gradient.to(at::kDouble) - exact).norm().item<double>(), promise);
   EXPECT_FALSE(gradient.isnan().any().item<bool>());
 }
