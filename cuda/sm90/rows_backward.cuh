@@ -243,7 +243,7 @@ class RowsBackward {
 
     /// H of tile i, whose products are done, and its product; meanwhile the next tile's are made. All are waited for:
     /// ptxas follows no product through a loop's end.
-    __device__ void step_ahead(float (&teacher)[kElements], float (&next)[kElements], int i) {
+    __device__ void visit_ahead(float (&teacher)[kElements], float (&next)[kElements], int i) {
       // The last time of any stage, and nobody reads the result: a product on one path only takes registers on all.
       const bool last = i + 1 == b.tiles_;
       const int next_teacher = last ? student_stage : next_stage();
@@ -261,7 +261,7 @@ class RowsBackward {
     }
 
     /// Products of tile i, then its H.
-    __device__ void step(float (&teacher)[kElements], int i) {
+    __device__ void visit(float (&teacher)[kElements], int i) {
       const int teacher_stage = next_stage();
       multiply(teacher, kOwnerTeacher, teacher_stage);
       const int stage = next_stage();
@@ -327,13 +327,13 @@ class RowsBackward {
           release(teacher_stage);
 #pragma unroll 1
           for (int i = 0; i < b.tiles_; i += 2) {
-            step_ahead(even, odd, i);
-            step_ahead(odd, even, i + 1);
+            visit_ahead(even, odd, i);
+            visit_ahead(odd, even, i + 1);
           }
         } else {
 #pragma unroll 1
           for (int i = 0; i < b.tiles_; ++i)
-            step(even, i);
+            visit(even, i);
           warpgroup_wait<0>();
         }
 #pragma unroll

@@ -181,8 +181,8 @@ class RowsForward {
       done(even, b_.tiles_ > 0);
 #pragma unroll 1
       for (int tile = 0; tile < b_.tiles_; tile += 2) {
-        step(even, odd, tile);
-        step(odd, even, tile + 1);
+        visit(even, odd, tile);
+        visit(odd, even, tile + 1);
       }
       rows_.write(b_.p_, b_.head_, b_.first_ + group_ * kTileTokens);
     }
@@ -242,7 +242,7 @@ class RowsForward {
 
     /// Adds the pairs of a tile while the next one's products are made. All are waited for: ptxas follows no product
     /// through a loop's end.
-    __device__ void step(Products& products, Products& next, int tile) {
+    __device__ void visit(Products& products, Products& next, int tile) {
       const bool exists = tile + 1 < b_.tiles_;
       multiply(next, exists);
       rows_.add(b_.p_, products.student, products.teacher, factors_, b_.head_, b_.first_ + group_ * kTileTokens,

@@ -238,14 +238,15 @@ INSTANTIATE_TEST_SUITE_P(
         Relation{.heads = 1, .tokens = 200, .dim = 192, .type = kHalf, .causal = true, .rows = true, .schedule = 12}),
     [](const auto& info) { return "Case" + std::to_string(info.index); });
 
-TEST(TriangularSm90Heads, WideHeadsAreLeftAlone) {
-  const Relation r{.heads = 2, .tokens = 100};
+void expect_wide_heads_left_alone(const Relation& r) {
   const Problem p = problem_of(r);
   const at::Tensor wide = at::tensor({0, 1}, at::kInt);
   const at::Tensor values = at::ones({r.heads, r.tokens, 4}, at::kFloat);
   const at::Tensor sums = at::zeros({r.heads, cuda::kSums, r.tokens}, at::kFloat);
   auto forward = params_of<cuda::TriangularForwardParams>(r, p, wide);
   forward.token_values = reinterpret_cast<const ForwardToken*>(values.const_data_ptr<float>());
+  const at::Tensor centers = at::zeros({r.heads}, at::kFloat);
+  forward.centers = centers.const_data_ptr<float>();
   forward.sums = sums.mutable_data_ptr<float>();
   const at::Tensor own_logits = at::empty({r.heads, r.tokens, 2}, at::kFloat);
   forward.own = reinterpret_cast<cuda::OwnLogit*>(own_logits.mutable_data_ptr<float>());
@@ -257,9 +258,20 @@ TEST(TriangularSm90Heads, WideHeadsAreLeftAlone) {
   auto backward = params_of<cuda::TriangularBackwardParams>(r, p, wide);
   backward.token_values = reinterpret_cast<const BackwardToken*>(values.const_data_ptr<float>());
   backward.gradient = gradient.mutable_data_ptr<float>();
+  const at::Tensor result = at::zeros({r.heads, r.tokens, r.dim}, r.type);
+  const at::Tensor marks = testing::clear_marks(r.heads, r.tokens);
+  backward.result = result.mutable_data_ptr();
+  backward.output_scale = 1;
+  backward.redo = marks.mutable_data_ptr<int>();
   ASSERT_EQ(launch(r, backward), cudaSuccess);
-  EXPECT_NE(gradient[0].abs().sum().item<float>(), 0);
-  EXPECT_EQ(gradient[1].abs().sum().item<float>(), 0);
+  const at::Tensor& written = r.rows ? result : gradient;
+  EXPECT_NE(written[0].abs().sum().item<float>(), 0);
+  EXPECT_EQ(written[1].abs().sum().item<float>(), 0);
+}
+
+TEST(TriangularSm90Heads, WideHeadsAreLeftAlone) { expect_wide_heads_left_alone({.heads = 2, .tokens = 100}); }
+TEST(TriangularSm90Heads, WideHeadsAreLeftAloneByRows) {
+  expect_wide_heads_left_alone({.heads = 2, .tokens = 100, .rows = true});
 }
 
 }  // namespace
