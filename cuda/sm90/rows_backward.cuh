@@ -5,6 +5,7 @@
 #include "../common/visibility.cuh"
 #include "descriptors.cuh"
 #include "instructions.cuh"
+#include "operands.cuh"
 #include "rows.h"
 #include "rows_pairs.cuh"
 #include "schedule.cuh"
@@ -197,18 +198,19 @@ class RowsBackward {
     float student[kElements];
     float gradient[kParts][kPartElements];
     uint32_t h[kElements / 8][4];
+    float row_sums[2] = {0, 0};  ///< relation: of G over the rows' other tokens
 
     __device__ Consumer(const RowsBackward& block, int number) : b(block), group(number) {}
 
     /// Owners x others: issued, not waited for.
     __device__ void multiply(float (&products)[kElements], int own, int stage) {
-      const uint64_t rows = matrix_descriptor<kOwnerChunk>(b.shared_ + own + group * kTileTokens * kLineBytes);
-      const uint64_t columns = matrix_descriptor<kOtherChunk>(b.stage_at(stage));
+      const Operand<kOwnerChunk> rows(b.shared_ + own + group * kTileTokens * kLineBytes);
+      const Operand<kOtherChunk> columns(b.stage_at(stage));
       warpgroup_fence();
 #pragma unroll
       for (int step = 0; step < kDim / kStep; ++step) {
-        wgmma<T, false, false>(products, rows + dimension_step<kOwnerChunk>(step),
-                               columns + dimension_step<kOtherChunk>(step), step > 0);
+        wgmma<T, false, false>(products, rows.at(dimension_step<kOwnerChunk>(step)),
+                               columns.at(dimension_step<kOtherChunk>(step)), step > 0);
       }
       warpgroup_commit();
     }
@@ -260,20 +262,21 @@ class RowsBackward {
       student_stage = next_student;
     }
 
-    /// Products of tile i, then its H.
+    /// H of tile i, whose products are done, and its product; then the next tile's.
     __device__ void visit(float (&teacher)[kElements], int i) {
-      const int teacher_stage = next_stage();
-      multiply(teacher, kOwnerTeacher, teacher_stage);
-      const int stage = next_stage();
-      multiply(student, 0, stage);
+      weigh(teacher, i);
+      add_product(student_stage);
+      const bool last = i + 1 == b.tiles_;
+      const int next_teacher = last ? student_stage : next_stage();
+      multiply(teacher, kOwnerTeacher, next_teacher);
+      const int next_student = last ? student_stage : next_stage();
+      multiply(student, 0, next_student);
       warpgroup_wait<0>();
       pin(teacher);
       pin(student);
-      release(teacher_stage);
-      if (i > 0) release(student_stage);
-      student_stage = stage;
-      weigh(teacher, i);
-      add_product(stage);
+      release(student_stage);
+      if (!last) release(next_teacher);
+      student_stage = next_student;
     }
 
     __device__ void weigh(const float (&teacher)[kElements], int i) {
@@ -294,9 +297,9 @@ class RowsBackward {
       }
       Terms terms(b.p_, own, b.first_ + row);
       if (terms.enter(b.p_, first_row, first_column)) {
-        weigh_row_pairs<T, true>(student, teacher, terms, columns, first_column + column_of_thread(), h);
+        weigh_row_pairs<T, true>(student, teacher, terms, columns, first_column + column_of_thread(), h, row_sums);
       } else {
-        weigh_row_pairs<T, false>(student, teacher, terms, columns, 0, h);
+        weigh_row_pairs<T, false>(student, teacher, terms, columns, 0, h, row_sums);
       }
     }
 
@@ -315,16 +318,16 @@ class RowsBackward {
       if (b.tiles_ > 0) {
         mbarrier_wait(b.owners_loaded(), 0);
         float even[kElements];
+        const int teacher_stage = next_stage();
+        multiply(even, kOwnerTeacher, teacher_stage);
+        student_stage = next_stage();
+        multiply(student, 0, student_stage);
+        warpgroup_wait<0>();
+        pin(even);
+        pin(student);
+        release(teacher_stage);
         if constexpr (kAhead) {
           float odd[kElements];
-          const int teacher_stage = next_stage();
-          multiply(even, kOwnerTeacher, teacher_stage);
-          student_stage = next_stage();
-          multiply(student, 0, student_stage);
-          warpgroup_wait<0>();
-          pin(even);
-          pin(student);
-          release(teacher_stage);
 #pragma unroll 1
           for (int i = 0; i < b.tiles_; i += 2) {
             visit_ahead(even, odd, i);
@@ -350,7 +353,33 @@ class RowsBackward {
     const Walk walk = Walk::of_block(arguments_.schedule, anew(static_cast<int>(blockIdx.x)));
     const int first = Terms::first_of(walk.token_block, arguments_.schedule.token_blocks) * kOwners;
     const int row = anew(static_cast<int>(threadIdx.x)) / kWarpgroup * kTileTokens - kTileTokens + row_of_thread();
+    if constexpr (kPairs == Pairs::kRelation) add_own(consumer.gradient, consumer.row_sums, row);
     write_gradient(consumer.gradient, walk.head, first + row);
+  }
+
+  /// A token's pair with itself: G_ii is minus the sum of the row's others, which keeps digits where P_ii is close to
+  /// 1, and counts twice, as a row and as a key.
+  /// @param row of the block, the thread's first one
+  __device__ void add_own(float (&gradient)[kParts][kPartElements], const float (&row_sums)[2], int row) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sum = row_sums[r];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+        for (int n = 0; n < kPartElements / 4; ++n) {
+          constexpr int kPieces = kChunkDims / 8;
+          const int piece = part * kPartElements / 4 + n;
+          const uint32_t line = swizzled(piece / kPieces * kOwnerChunk, row + 8 * r, piece % kPieces);
+          const T* x = reinterpret_cast<const T*>(memory_ + line) + column_of_thread();
+          gradient[part][4 * n + 2 * r] = fmaf(-2.f * sum, static_cast<float>(x[0]), gradient[part][4 * n + 2 * r]);
+          gradient[part][4 * n + 2 * r + 1] =
+              fmaf(-2.f * sum, static_cast<float>(x[1]), gradient[part][4 * n + 2 * r + 1]);
+        }
+      }
+    }
   }
 
   __device__ void write_gradient(const float (&gradient)[kParts][kPartElements], int problem, int first_row) const {

@@ -30,10 +30,12 @@ class RowTerms<Pairs::kRelation> {
   __device__ RowTerms(const RowsBackwardParams& p, const Value (&own)[2], int row)
       : factors_(p.factors), row_(row), rows_{own[0], own[1]} {}
 
-  /// A tile comes. Causal, a pair is in the row of its later token only. Returns whether that differs within the tile.
+  /// A tile comes. Causal, a pair is in the row of its later token only. Returns whether pairs differ within the tile:
+  /// a token's pair with itself is left out.
   __device__ bool enter(const RowsBackwardParams& p, int first_row, int first_column) {
-    if (!p.causal) return false;
+    causal_ = p.causal;
     if (first_column + kTileTokens > first_row && first_column < first_row + kTileTokens) return true;
+    if (!p.causal) return false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (first_column < first_row) {
@@ -45,23 +47,27 @@ class RowTerms<Pairs::kRelation> {
     return false;
   }
 
+  /// @param sum of the row: its pairs' G is added
   template <bool kPartial>
-  __device__ float operator()(float student, float teacher, int r, const Value& column, int column_token) const {
+  __device__ float operator()(
+      float student, float teacher, int r, const Value& column, int column_token, float& sum) const {
     const float w = exp2_approximate((student - teacher) * factors_.student);
     const float e = exp2_approximate(fmaf(teacher, factors_.teacher, -column.bias) - rows_[r].bias);
-    const float as_row = fmaf(w, rows_[r].row_ratio, -rows_[r].row);
-    const float as_key = fmaf(w, column.row_ratio, -column.row);
+    float as_row = fmaf(w, rows_[r].row_ratio, -rows_[r].row) * column.key;
+    float as_key = fmaf(w, column.row_ratio, -column.row);
     if constexpr (kPartial) {
       const int distance = row_ + 8 * r - column_token;
-      const float first = distance >= 0 ? as_row * column.key : 0.f;
-      return e * (distance <= 0 ? fmaf(as_key, rows_[r].key, first) : first);
+      if (causal_ ? distance <= 0 : distance == 0) as_row = 0;
+      if (causal_ ? distance >= 0 : distance == 0) as_key = 0;
     }
-    return e * fmaf(as_key, rows_[r].key, as_row * column.key);
+    sum = fmaf(e, as_row, sum);
+    return e * fmaf(as_key, rows_[r].key, as_row);
   }
 
  private:
   const LogitFactors& factors_;
   const int row_;
+  bool causal_ = false;
   BackwardToken rows_[2];
 };
 
@@ -91,7 +97,8 @@ class RowTerms<Pairs::kQueries> {
   }
 
   template <bool kPartial>
-  __device__ float operator()(float student, float teacher, int r, const Value& /*column*/, int column_token) const {
+  __device__ float operator()(
+      float student, float teacher, int r, const Value& /*column*/, int column_token, float& /*sum*/) const {
     const float g = row_weight(factors_, student, teacher, rows_[r]);
     return !kPartial || (column_token < end_ && column_token <= last_ + 8 * r) ? g : 0.f;
   }
@@ -121,7 +128,8 @@ class RowTerms<Pairs::kKeys> {
   }
 
   template <bool kPartial>
-  __device__ float operator()(float student, float teacher, int r, const Value& column, int column_token) const {
+  __device__ float operator()(
+      float student, float teacher, int r, const Value& column, int column_token, float& /*sum*/) const {
     const float g = row_weight(factors_, student, teacher, column);
     return !kPartial || column_token >= first_row_ + 8 * r ? g : 0.f;
   }
@@ -132,16 +140,20 @@ class RowTerms<Pairs::kKeys> {
 };
 
 /// The weights of all pairs, rounded and packed as the operand A of a sum over the columns: 16 of them for each step.
-/// @param columns values of the thread's first column; @param first_column its token
+/// @param columns values of the thread's first column; @param first_column its token; @param sums
+/// of the thread's rows
 template <typename T, bool kPartial, typename Terms, int kElements>
 __device__ void weigh_row_pairs(const float (&student)[kElements],
                                 const float (&teacher)[kElements],
                                 const Terms& terms,
                                 const typename Terms::Value* columns,
                                 int first_column,
-                                uint32_t (&h)[kElements / 8][4]) {
+                                uint32_t (&h)[kElements / 8][4],
+                                float (&sums)[2]) {
 #pragma unroll
   for (int n = 0; n < kElements / 4; ++n) {
+    // Anew: comparisons of all fragments at once would take registers.
+    const int column = kPartial ? anew(first_column) + 8 * n : 0;
     typename Terms::Value pair[2] = {};
     if constexpr (Terms::kReadsColumns) {
       pair[0] = columns[8 * n];
@@ -151,7 +163,7 @@ __device__ void weigh_row_pairs(const float (&student)[kElements],
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       weights[c] = terms.template operator()<kPartial>(student[4 * n + c], teacher[4 * n + c], c / 2, pair[c % 2],
-                                                       first_column + 8 * n + c % 2);
+                                                       column + c % 2, sums[c / 2]);
     }
     h[n / 2][n % 2 * 2] = pack<T>(weights[0], weights[1]);
     h[n / 2][n % 2 * 2 + 1] = pack<T>(weights[2], weights[3]);
