@@ -89,7 +89,7 @@ cudaError_t backward_of(const TriangularBackwardParams& p, cudaStream_t stream) 
 #define LINEARARD_TRY(T, kDim) \
   if (p.student.dim <= kDim) return sm90::launch_rows_backward<T, kDim>(p, multiprocessors(), stream);
   if (p.traversal == Traversal::kRows) {
-    LINEARARD_FOR_EACH_SM90_ROWS(LINEARARD_TRY, T)
+    LINEARARD_FOR_EACH_SM90_ROWS_BACKWARD(LINEARARD_TRY, T)
   }
 #undef LINEARARD_TRY
 #define LINEARARD_TRY(T, kDim) \

@@ -37,6 +37,9 @@ class RowsBackward {
   static constexpr int kChunks = kDim / kChunkDims;
   static constexpr int kOwnerChunk = kOwners * kLineBytes;
   static constexpr int kOtherChunk = kTileTokens * kLineBytes;
+  /// Relation: whether the pair of a token with itself is minus the sum of its row's others. For D > 128 the sums would
+  /// spill, and the pair is computed like all others.
+  static constexpr bool kSumsRows = kPairs == Pairs::kRelation && kDim <= 128;
   /// The gradient's accumulators: one product makes 128 dimensions of it.
   static constexpr int kParts = kDim <= 128 ? 1 : kDim / 128;
   static constexpr int kPartElements = kDim / kParts / 2;
@@ -204,13 +207,20 @@ class RowsBackward {
 
     /// Owners x others: issued, not waited for.
     __device__ void multiply(float (&products)[kElements], int own, int stage) {
-      const Operand<kOwnerChunk> rows(b.shared_ + own + group * kTileTokens * kLineBytes);
+      const uint32_t own_at = b.shared_ + own + group * kTileTokens * kLineBytes;
+      const Operand<kOwnerChunk> rows(own_at);
       const Operand<kOtherChunk> columns(b.stage_at(stage));
+      const uint64_t rows_kept = matrix_descriptor<kOwnerChunk>(own_at);
+      const uint64_t columns_kept = matrix_descriptor<kOtherChunk>(b.stage_at(stage));
       warpgroup_fence();
 #pragma unroll
       for (int step = 0; step < kDim / kStep; ++step) {
-        wgmma<T, false, false>(products, rows.at(dimension_step<kOwnerChunk>(step)),
-                               columns.at(dimension_step<kOtherChunk>(step)), step > 0);
+        // Steps made anew take fewer registers where the next products are made ahead, and more elsewhere.
+        wgmma<T, false, false>(
+            products,
+            kAhead ? rows.at(dimension_step<kOwnerChunk>(step)) : rows_kept + dimension_step<kOwnerChunk>(step),
+            kAhead ? columns.at(dimension_step<kOtherChunk>(step)) : columns_kept + dimension_step<kOtherChunk>(step),
+            step > 0);
       }
       warpgroup_commit();
     }
@@ -262,30 +272,30 @@ class RowsBackward {
       student_stage = next_student;
     }
 
-    /// H of tile i, whose products are done, and its product; then the next tile's.
+    /// Products of tile i, then its H and its product.
     __device__ void visit(float (&teacher)[kElements], int i) {
-      weigh(teacher, i);
-      add_product(student_stage);
-      const bool last = i + 1 == b.tiles_;
-      const int next_teacher = last ? student_stage : next_stage();
-      multiply(teacher, kOwnerTeacher, next_teacher);
-      const int next_student = last ? student_stage : next_stage();
-      multiply(student, 0, next_student);
+      const int teacher_stage = next_stage();
+      multiply(teacher, kOwnerTeacher, teacher_stage);
+      student_stage = next_stage();
+      multiply(student, 0, student_stage);
       warpgroup_wait<0>();
       pin(teacher);
       pin(student);
+      release(teacher_stage);
+      weigh(teacher, i);
+      add_product(student_stage);
+      warpgroup_wait<0>();
       release(student_stage);
-      if (!last) release(next_teacher);
-      student_stage = next_student;
     }
 
-    __device__ void weigh(const float (&teacher)[kElements], int i) {
-      const int row = group * kTileTokens + row_of_thread();
+    __device__ void weigh(float (&teacher)[kElements], int i) {
+      const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+      const int row = group * kTileTokens + thread / 32 * 16 + thread % 32 / 4;
+      const int column = thread % 4 * 2;
       const int first_row = b.first_ + group * kTileTokens;
       const int first_column = (b.begin_ + (kPairs == Pairs::kKeys ? i % b.head_tiles_ : i)) * kTileTokens;
       const int value_stage = kStages % 2 == 0 ? student_stage / 2 : i % kValueStages;
-      const auto* columns =
-          reinterpret_cast<const Value*>(b.memory_ + kValues + value_stage * kValueBytes) + column_of_thread();
+      const auto* columns = reinterpret_cast<const Value*>(b.memory_ + kValues + value_stage * kValueBytes) + column;
       Value own[2] = {};
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -295,11 +305,22 @@ class RowsBackward {
           own[r] = b.own_value(row + 8 * r);
         }
       }
+      if (kSumsRows && first_column == first_row) leave_out_own(teacher);
       Terms terms(b.p_, own, b.first_ + row);
       if (terms.enter(b.p_, first_row, first_column)) {
-        weigh_row_pairs<T, true>(student, teacher, terms, columns, first_column + column_of_thread(), h, row_sums);
+        weigh_row_pairs<T, true>(student, teacher, terms, columns, first_column + column, h, row_sums);
       } else {
         weigh_row_pairs<T, false>(student, teacher, terms, columns, 0, h, row_sums);
+      }
+    }
+
+    /// In the tile on the diagonal, pairs of a token with itself get logits whose E is 0 and whose difference is 0.
+    __device__ void leave_out_own(float (&teacher)[kElements]) {
+      const int thread = anew(static_cast<int>(threadIdx.x)) % kWarpgroup;  // registers are scarce
+      const int distance = thread / 32 * 16 + thread % 32 / 4 - thread % 4 * 2;
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+        if (distance + e % 4 / 2 * 8 == e / 4 * 8 + e % 2) student[e] = teacher[e] = -1e30f;
       }
     }
 
@@ -318,16 +339,16 @@ class RowsBackward {
       if (b.tiles_ > 0) {
         mbarrier_wait(b.owners_loaded(), 0);
         float even[kElements];
-        const int teacher_stage = next_stage();
-        multiply(even, kOwnerTeacher, teacher_stage);
-        student_stage = next_stage();
-        multiply(student, 0, student_stage);
-        warpgroup_wait<0>();
-        pin(even);
-        pin(student);
-        release(teacher_stage);
         if constexpr (kAhead) {
           float odd[kElements];
+          const int teacher_stage = next_stage();
+          multiply(even, kOwnerTeacher, teacher_stage);
+          student_stage = next_stage();
+          multiply(student, 0, student_stage);
+          warpgroup_wait<0>();
+          pin(even);
+          pin(student);
+          release(teacher_stage);
 #pragma unroll 1
           for (int i = 0; i < b.tiles_; i += 2) {
             visit_ahead(even, odd, i);
@@ -337,7 +358,6 @@ class RowsBackward {
 #pragma unroll 1
           for (int i = 0; i < b.tiles_; ++i)
             visit(even, i);
-          warpgroup_wait<0>();
         }
 #pragma unroll
         for (int part = 0; part < kParts; ++part)
@@ -353,7 +373,7 @@ class RowsBackward {
     const Walk walk = Walk::of_block(arguments_.schedule, anew(static_cast<int>(blockIdx.x)));
     const int first = Terms::first_of(walk.token_block, arguments_.schedule.token_blocks) * kOwners;
     const int row = anew(static_cast<int>(threadIdx.x)) / kWarpgroup * kTileTokens - kTileTokens + row_of_thread();
-    if constexpr (kPairs == Pairs::kRelation) add_own(consumer.gradient, consumer.row_sums, row);
+    if constexpr (kSumsRows) add_own(consumer.gradient, consumer.row_sums, row);
     write_gradient(consumer.gradient, walk.head, first + row);
   }
 

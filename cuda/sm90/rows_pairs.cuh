@@ -30,12 +30,10 @@ class RowTerms<Pairs::kRelation> {
   __device__ RowTerms(const RowsBackwardParams& p, const Value (&own)[2], int row)
       : factors_(p.factors), row_(row), rows_{own[0], own[1]} {}
 
-  /// A tile comes. Causal, a pair is in the row of its later token only. Returns whether pairs differ within the tile:
-  /// a token's pair with itself is left out.
+  /// A tile comes. Causal, a pair is in the row of its later token only. Returns whether that differs within the tile.
   __device__ bool enter(const RowsBackwardParams& p, int first_row, int first_column) {
-    causal_ = p.causal;
-    if (first_column + kTileTokens > first_row && first_column < first_row + kTileTokens) return true;
     if (!p.causal) return false;
+    if (first_column + kTileTokens > first_row && first_column < first_row + kTileTokens) return true;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (first_column < first_row) {
@@ -57,8 +55,8 @@ class RowTerms<Pairs::kRelation> {
     float as_key = fmaf(w, column.row_ratio, -column.row);
     if constexpr (kPartial) {
       const int distance = row_ + 8 * r - column_token;
-      if (causal_ ? distance <= 0 : distance == 0) as_row = 0;
-      if (causal_ ? distance >= 0 : distance == 0) as_key = 0;
+      if (distance < 0) as_row = 0;
+      if (distance > 0) as_key = 0;
     }
     sum = fmaf(e, as_row, sum);
     return e * fmaf(as_key, rows_[r].key, as_row);
@@ -67,7 +65,6 @@ class RowTerms<Pairs::kRelation> {
  private:
   const LogitFactors& factors_;
   const int row_;
-  bool causal_ = false;
   BackwardToken rows_[2];
 };
 
@@ -152,8 +149,7 @@ __device__ void weigh_row_pairs(const float (&student)[kElements],
                                 float (&sums)[2]) {
 #pragma unroll
   for (int n = 0; n < kElements / 4; ++n) {
-    // Anew: comparisons of all fragments at once would take registers.
-    const int column = kPartial ? anew(first_column) + 8 * n : 0;
+    const int column = first_column + 8 * n;
     typename Terms::Value pair[2] = {};
     if constexpr (Terms::kReadsColumns) {
       pair[0] = columns[8 * n];
