@@ -23,7 +23,8 @@ cudaError_t map_token_values(CUtensorMap& map, const void* values, int heads, in
 /// Dimensions of a box of floats that is 128 bytes wide.
 inline constexpr int kFloatChunkDims = 32;
 
-/// [heads, tokens, dim] of floats, contiguous, in boxes of 64 tokens x 32 dimensions with the 128-byte swizzle. Likewise.
+/// [heads, tokens, dim] of floats, contiguous, in boxes of 64 tokens x 32 dimensions with the 128-byte swizzle.
+/// Likewise.
 cudaError_t map_gradient(CUtensorMap& map, const float* gradient, int heads, int tokens, int dim);
 
 }  // namespace linearard::cuda::sm90
