@@ -74,7 +74,7 @@ cudaError_t forward_of(const TriangularForwardParams& p, cudaStream_t stream) {
 #define LINEARARD_TRY(T, kDim) \
   if (p.student.dim <= kDim) return sm90::launch_rows_forward<T, kDim>(p, multiprocessors(), stream);
   if (p.causal || p.traversal == Traversal::kRows) {
-    LINEARARD_FOR_EACH_SM90_ROWS(LINEARARD_TRY, T)
+    LINEARARD_FOR_EACH_SM90_FORWARD(LINEARARD_TRY, T)
   }
 #undef LINEARARD_TRY
 #define LINEARARD_TRY(T, kDim) \
@@ -89,7 +89,7 @@ cudaError_t backward_of(const TriangularBackwardParams& p, cudaStream_t stream) 
 #define LINEARARD_TRY(T, kDim) \
   if (p.student.dim <= kDim) return sm90::launch_rows_backward<T, kDim>(p, multiprocessors(), stream);
   if (p.traversal == Traversal::kRows) {
-    LINEARARD_FOR_EACH_SM90_ROWS_BACKWARD(LINEARARD_TRY, T)
+    LINEARARD_FOR_EACH_SM90_BACKWARD(LINEARARD_TRY, T)
   }
 #undef LINEARARD_TRY
 #define LINEARARD_TRY(T, kDim) \
@@ -101,14 +101,9 @@ cudaError_t backward_of(const TriangularBackwardParams& p, cudaStream_t stream) 
 
 }  // namespace
 
-bool sm90_takes(const TriangularForwardParams& p) {
-  static_assert(sm90::kLargestForwardDim == sm90::kLargestRowsDim);
-  return takes(p, sm90::kLargestForwardDim);
-}
+bool sm90_takes(const TriangularForwardParams& p) { return takes(p, sm90::kLargestForwardDim); }
 
-bool sm90_takes(const TriangularBackwardParams& p) {
-  return takes(p, p.traversal == Traversal::kRows ? sm90::kLargestRowsBackwardDim : sm90::kLargestBackwardDim);
-}
+bool sm90_takes(const TriangularBackwardParams& p) { return takes(p, sm90::kLargestBackwardDim); }
 
 cudaError_t launch_triangular_forward_sm90(const TriangularForwardParams& p, cudaStream_t stream) {
   return p.student.type == Scalar::kHalf ? forward_of<__half>(p, stream) : forward_of<__nv_bfloat16>(p, stream);

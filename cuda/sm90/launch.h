@@ -4,7 +4,7 @@
 
 #include "../triangular/params.h"
 
-// The triangular relation on Hopper GPUs (sm_90a): wgmma, and the copy engine for loads and additions.
+// The triangular relation and two sets on Hopper GPUs (sm_90a): wgmma, and the copy engine for loads and additions.
 
 namespace linearard::cuda {
 

@@ -27,6 +27,8 @@ struct RowsBackwardArguments {
 
 template <typename T, int kDim, Pairs kPairs>
 class RowsBackward {
+  static_assert(kDim <= 128 || kPairs != Pairs::kRelation, "registers are missing for the sums of the rows");
+
  public:
   static constexpr int kOwners = kGroups * kTileTokens;
 
@@ -37,9 +39,8 @@ class RowsBackward {
   static constexpr int kChunks = kDim / kChunkDims;
   static constexpr int kOwnerChunk = kOwners * kLineBytes;
   static constexpr int kOtherChunk = kTileTokens * kLineBytes;
-  /// Relation: whether the pair of a token with itself is minus the sum of its row's others. For D > 128 the sums would
-  /// spill, and the pair is computed like all others.
-  static constexpr bool kSumsRows = kPairs == Pairs::kRelation && kDim <= 128;
+  /// Whether the pair of a token with itself is minus the sum of its row's others.
+  static constexpr bool kSumsRows = kPairs == Pairs::kRelation;
   /// The gradient's accumulators: one product makes 128 dimensions of it.
   static constexpr int kParts = kDim <= 128 ? 1 : kDim / 128;
   static constexpr int kPartElements = kDim / kParts / 2;
@@ -289,13 +290,12 @@ class RowsBackward {
     }
 
     __device__ void weigh(float (&teacher)[kElements], int i) {
-      const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
-      const int row = group * kTileTokens + thread / 32 * 16 + thread % 32 / 4;
-      const int column = thread % 4 * 2;
+      const int row = group * kTileTokens + row_of_thread();
       const int first_row = b.first_ + group * kTileTokens;
       const int first_column = (b.begin_ + (kPairs == Pairs::kKeys ? i % b.head_tiles_ : i)) * kTileTokens;
       const int value_stage = kStages % 2 == 0 ? student_stage / 2 : i % kValueStages;
-      const auto* columns = reinterpret_cast<const Value*>(b.memory_ + kValues + value_stage * kValueBytes) + column;
+      const auto* columns =
+          reinterpret_cast<const Value*>(b.memory_ + kValues + value_stage * kValueBytes) + column_of_thread();
       Value own[2] = {};
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -308,7 +308,7 @@ class RowsBackward {
       if (kSumsRows && first_column == first_row) leave_out_own(teacher);
       Terms terms(b.p_, own, b.first_ + row);
       if (terms.enter(b.p_, first_row, first_column)) {
-        weigh_row_pairs<T, true>(student, teacher, terms, columns, first_column + column, h, row_sums);
+        weigh_row_pairs<T, true>(student, teacher, terms, columns, first_column + column_of_thread(), h, row_sums);
       } else {
         weigh_row_pairs<T, false>(student, teacher, terms, columns, 0, h, row_sums);
       }
@@ -373,30 +373,26 @@ class RowsBackward {
     const Walk walk = Walk::of_block(arguments_.schedule, anew(static_cast<int>(blockIdx.x)));
     const int first = Terms::first_of(walk.token_block, arguments_.schedule.token_blocks) * kOwners;
     const int row = anew(static_cast<int>(threadIdx.x)) / kWarpgroup * kTileTokens - kTileTokens + row_of_thread();
-    if constexpr (kSumsRows) add_own(consumer.gradient, consumer.row_sums, row);
+    if constexpr (kSumsRows) add_own(consumer.gradient[0], consumer.row_sums, row);
     write_gradient(consumer.gradient, walk.head, first + row);
   }
 
   /// A token's pair with itself: G_ii is minus the sum of the row's others, which keeps digits where P_ii is close to
   /// 1, and counts twice, as a row and as a key.
   /// @param row of the block, the thread's first one
-  __device__ void add_own(float (&gradient)[kParts][kPartElements], const float (&row_sums)[2], int row) const {
+  __device__ void add_own(float (&gradient)[kPartElements], const float (&row_sums)[2], int row) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = row_sums[r];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      const float sum = over_columns(row_sums[r]);
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
+      for (int n = 0; n < kPartElements / 4; ++n) {
+        constexpr int kPieces = kChunkDims / 8;
+        const uint32_t line = swizzled(n / kPieces * kOwnerChunk, row + 8 * r, n % kPieces);
+        const T* x = reinterpret_cast<const T*>(memory_ + line) + column_of_thread();
 #pragma unroll
-        for (int n = 0; n < kPartElements / 4; ++n) {
-          constexpr int kPieces = kChunkDims / 8;
-          const int piece = part * kPartElements / 4 + n;
-          const uint32_t line = swizzled(piece / kPieces * kOwnerChunk, row + 8 * r, piece % kPieces);
-          const T* x = reinterpret_cast<const T*>(memory_ + line) + column_of_thread();
-          gradient[part][4 * n + 2 * r] = fmaf(-2.f * sum, static_cast<float>(x[0]), gradient[part][4 * n + 2 * r]);
-          gradient[part][4 * n + 2 * r + 1] =
-              fmaf(-2.f * sum, static_cast<float>(x[1]), gradient[part][4 * n + 2 * r + 1]);
+        for (int c = 0; c < 2; ++c) {
+          float& of_pair = gradient[4 * n + 2 * r + c];
+          of_pair = fmaf(-2.f * sum, static_cast<float>(x[c]), of_pair);
         }
       }
     }

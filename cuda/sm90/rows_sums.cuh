@@ -79,7 +79,7 @@ __device__ void add_row_fragments(const float (&difference)[kElements],
 }
 
 /// The sums of all pairs of a tile. Overwrites the student's products by differences, less the rows' means.
-template <bool kPartial, bool kShifted, int kElements>
+template <bool kPartial, int kElements>
 __device__ RowPairSums sum_row_pairs(float (&student)[kElements],
                                      const float (&teacher)[kElements],
                                      const ElementFactors& factors,
@@ -90,17 +90,7 @@ __device__ RowPairSums sum_row_pairs(float (&student)[kElements],
   RowPairSums of_tile;
 #pragma unroll
   for (int first = 0; first < kElements / 4; first += kVoteFragments) {
-    float largest[4] = {};  // four chains, which do not wait for each other
-#pragma unroll
-    for (int i = 4 * first; i < 4 * (first + kVoteFragments); ++i) {
-      if constexpr (kShifted) {
-        student[i] = student[i] - teacher[i] - mean[i / 2 % 2];
-      } else {
-        student[i] -= teacher[i];
-      }
-      largest[i % 4] = fmaxf(largest[i % 4], fabsf(student[i]));  // NaN passes: it reaches the sums
-    }
-    const float farthest = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
+    const float farthest = subtract_teacher(student, teacher, first, mean);
     if (!kPartial && __all_sync(0xffffffffu, farthest < factors.near)) {
       add_row_fragments<false, true>(student, teacher, first, factors, shift, window, of_tile);
     } else {
@@ -108,11 +98,6 @@ __device__ RowPairSums sum_row_pairs(float (&student)[kElements],
     }
   }
   return of_tile;
-}
-
-__device__ inline float over_columns(float sum) {
-  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-  return sum + __shfl_xor_sync(0xffffffffu, sum, 2);
 }
 
 /// Rows of a relation, without their own columns: the diagonal serves as the reference, so that what a pair weighs in
@@ -149,9 +134,9 @@ class RelationRows {
       if (column == first)
         write_own(p.own + static_cast<int64_t>(head) * p.owners, p.owners, student, teacher, factors, row,
                   window.column);
-      sums_.add(sum_row_pairs<true, false>(student, teacher, factors, shift_, kNoMean, window));
+      sums_.add(sum_row_pairs<true>(student, teacher, factors, shift_, kNoMean, window));
     } else {
-      sums_.add(sum_row_pairs<false, false>(student, teacher, factors, shift_, kNoMean, RowWindow{}));
+      sums_.add(sum_row_pairs<false>(student, teacher, factors, shift_, kNoMean, RowWindow{}));
     }
   }
 
@@ -216,7 +201,7 @@ class AttentionRows {
     const int last = column + kTileTokens - 1;
     const bool partial = column == 0 || last >= p.others || (p.causal && last > first + p.offset);
     if (!partial) {
-      const RowPairSums of_tile = sum_row_pairs<false, true>(student, teacher, factors, shift_, mean_, RowWindow{});
+      const RowPairSums of_tile = sum_row_pairs<false>(student, teacher, factors, shift_, mean_, RowWindow{});
       // NaN is much as well.
       const bool little = of_tile.mass[0] < fminf(kLargestMass, kLargestGrowth * sums_.mass[0]) &&
                           of_tile.mass[1] < fminf(kLargestMass, kLargestGrowth * sums_.mass[1]);
