@@ -341,10 +341,8 @@ class BackwardCall {
     params.redo = memory.mutable_data_ptr<int>();
     auto* const row_grads = expand ? reinterpret_cast<float*>(params.redo + mark_ints) : nullptr;
     {
-      const auto left = problem_.relation
-                            ? triangular_backward(problem_, {grad_kl_, row_grads, lse_student_, lse_teacher_,
-                                                             params.largest_grad, output_scale_, gradient, params.redo})
-                            : std::nullopt;
+      const auto left = triangular_backward(problem_, {grad_kl_, row_grads, lse_student_, lse_teacher_,
+                                                       params.largest_grad, output_scale_, gradient, params.redo});
       if (!left) {
         memory.narrow(0, 0, mark_ints).zero_();
         grad_kl = grad_kl.contiguous();
