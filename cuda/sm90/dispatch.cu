@@ -46,7 +46,7 @@ template <typename Params>
 bool takes_sets(const Params& p, const Vectors& rows, const Vectors& keys) {
   const bool is_16_bit = rows.type == Scalar::kHalf || rows.type == Scalar::kBFloat16;
   return is_16_bit && keys.type == rows.type && keys.dim == rows.dim && rows.dim > 0 && rows.dim % 8 == 0 &&
-         rows.dim <= sm90::kLargestPairsDim && rows.group == 1 && p.divergence == Divergence::kForwardKL &&
+         rows.dim <= sm90::kLargestRowsDim && rows.group == 1 && p.divergence == Divergence::kForwardKL &&
          p.visibility.row_ranges == nullptr && p.visibility.key_mask == nullptr && p.visibility.row_mask == nullptr &&
          p.scale_student == p.scale_teacher && p.scale_student > 1e-6 && p.scale_student < 1e6 && multiprocessors() > 0;
 }
@@ -55,7 +55,7 @@ template <typename T>
 cudaError_t forward_of(const sm90::RowsForwardParams& p, cudaStream_t stream) {
 #define LINEARARD_TRY(T, kDim) \
   if (p.own_student.dim <= kDim) return sm90::launch_pairs_forward<T, kDim>(p, multiprocessors(), stream);
-  LINEARARD_FOR_EACH_SM90_PAIRS(LINEARARD_TRY, T)
+  LINEARARD_FOR_EACH_SM90_ROWS(LINEARARD_TRY, T)
 #undef LINEARARD_TRY
   return cudaErrorInvalidValue;
 }
@@ -64,7 +64,7 @@ template <typename T>
 cudaError_t backward_of(const sm90::RowsBackwardParams& p, sm90::Pairs pairs, cudaStream_t stream) {
 #define LINEARARD_TRY(T, kDim) \
   if (p.own_student.dim <= kDim) return sm90::launch_pairs_backward<T, kDim>(p, pairs, multiprocessors(), stream);
-  LINEARARD_FOR_EACH_SM90_PAIRS(LINEARARD_TRY, T)
+  LINEARARD_FOR_EACH_SM90_ROWS(LINEARARD_TRY, T)
 #undef LINEARARD_TRY
   return cudaErrorInvalidValue;
 }
@@ -74,7 +74,7 @@ cudaError_t forward_of(const TriangularForwardParams& p, cudaStream_t stream) {
 #define LINEARARD_TRY(T, kDim) \
   if (p.student.dim <= kDim) return sm90::launch_rows_forward<T, kDim>(p, multiprocessors(), stream);
   if (p.causal || p.traversal == Traversal::kRows) {
-    LINEARARD_FOR_EACH_SM90_FORWARD(LINEARARD_TRY, T)
+    LINEARARD_FOR_EACH_SM90_ROWS(LINEARARD_TRY, T)
   }
 #undef LINEARARD_TRY
 #define LINEARARD_TRY(T, kDim) \
@@ -89,7 +89,7 @@ cudaError_t backward_of(const TriangularBackwardParams& p, cudaStream_t stream) 
 #define LINEARARD_TRY(T, kDim) \
   if (p.student.dim <= kDim) return sm90::launch_rows_backward<T, kDim>(p, multiprocessors(), stream);
   if (p.traversal == Traversal::kRows) {
-    LINEARARD_FOR_EACH_SM90_BACKWARD(LINEARARD_TRY, T)
+    LINEARARD_FOR_EACH_SM90_ROWS(LINEARARD_TRY, T)
   }
 #undef LINEARARD_TRY
 #define LINEARARD_TRY(T, kDim) \
@@ -101,9 +101,14 @@ cudaError_t backward_of(const TriangularBackwardParams& p, cudaStream_t stream) 
 
 }  // namespace
 
-bool sm90_takes(const TriangularForwardParams& p) { return takes(p, sm90::kLargestForwardDim); }
+bool sm90_takes(const TriangularForwardParams& p) {
+  static_assert(sm90::kLargestForwardDim == sm90::kLargestRowsDim);
+  return takes(p, sm90::kLargestForwardDim);
+}
 
-bool sm90_takes(const TriangularBackwardParams& p) { return takes(p, sm90::kLargestBackwardDim); }
+bool sm90_takes(const TriangularBackwardParams& p) {
+  return takes(p, p.traversal == Traversal::kRows ? sm90::kLargestRowsDim : sm90::kLargestBackwardDim);
+}
 
 cudaError_t launch_triangular_forward_sm90(const TriangularForwardParams& p, cudaStream_t stream) {
   return p.student.type == Scalar::kHalf ? forward_of<__half>(p, stream) : forward_of<__nv_bfloat16>(p, stream);

@@ -9,8 +9,8 @@
 namespace linearard::cuda {
 
 /// Whether the kernels take a call on the current device: a GPU of compute capability 9.0 that they were compiled for,
-/// no mask, one 16-bit type, one dimension, a multiple of 8 of at most 256 (triangular backward: 128), one scale, and
-/// strides of whole pieces of 16 bytes.
+/// no mask, one 16-bit type, one dimension, a multiple of 8 of at most 256 (triangular traversal of the backward: 128),
+/// one scale, and strides of whole pieces of 16 bytes.
 bool sm90_takes(const TriangularForwardParams& params);
 bool sm90_takes(const TriangularBackwardParams& params);
 

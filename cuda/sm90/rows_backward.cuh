@@ -27,8 +27,6 @@ struct RowsBackwardArguments {
 
 template <typename T, int kDim, Pairs kPairs>
 class RowsBackward {
-  static_assert(kDim <= 128 || kPairs != Pairs::kRelation, "registers are missing for the sums of the rows");
-
  public:
   static constexpr int kOwners = kGroups * kTileTokens;
 
@@ -373,25 +371,26 @@ class RowsBackward {
     const Walk walk = Walk::of_block(arguments_.schedule, anew(static_cast<int>(blockIdx.x)));
     const int first = Terms::first_of(walk.token_block, arguments_.schedule.token_blocks) * kOwners;
     const int row = anew(static_cast<int>(threadIdx.x)) / kWarpgroup * kTileTokens - kTileTokens + row_of_thread();
-    if constexpr (kSumsRows) add_own(consumer.gradient[0], consumer.row_sums, row);
+    if constexpr (kSumsRows) add_own(consumer.gradient, consumer.row_sums, row);
     write_gradient(consumer.gradient, walk.head, first + row);
   }
 
   /// A token's pair with itself: G_ii is minus the sum of the row's others, which keeps digits where P_ii is close to
   /// 1, and counts twice, as a row and as a key.
   /// @param row of the block, the thread's first one
-  __device__ void add_own(float (&gradient)[kPartElements], const float (&row_sums)[2], int row) const {
+  __device__ void add_own(float (&gradient)[kParts][kPartElements], const float (&row_sums)[2], int row) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float sum = over_columns(row_sums[r]);
 #pragma unroll
-      for (int n = 0; n < kPartElements / 4; ++n) {
+      for (int piece = 0; piece < kDim / 8; ++piece) {
         constexpr int kPieces = kChunkDims / 8;
-        const uint32_t line = swizzled(n / kPieces * kOwnerChunk, row + 8 * r, n % kPieces);
+        const uint32_t line = swizzled(piece / kPieces * kOwnerChunk, row + 8 * r, piece % kPieces);
         const T* x = reinterpret_cast<const T*>(memory_ + line) + column_of_thread();
+        constexpr int kPartPieces = kPartElements / 4;
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          float& of_pair = gradient[4 * n + 2 * r + c];
+          float& of_pair = gradient[piece / kPartPieces][piece % kPartPieces * 4 + 2 * r + c];
           of_pair = fmaf(-2.f * sum, static_cast<float>(x[c]), of_pair);
         }
       }

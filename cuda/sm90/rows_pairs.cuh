@@ -51,13 +51,19 @@ class RowTerms<Pairs::kRelation> {
       float student, float teacher, int r, const Value& column, int column_token, float& sum) const {
     const float w = exp2_approximate((student - teacher) * factors_.student);
     const float e = exp2_approximate(fmaf(teacher, factors_.teacher, -column.bias) - rows_[r].bias);
-    float as_row = fmaf(w, rows_[r].row_ratio, -rows_[r].row) * column.key;
-    float as_key = fmaf(w, column.row_ratio, -column.row);
     if constexpr (kPartial) {
-      const int distance = row_ + 8 * r - column_token;
-      if (distance < 0) as_row = 0;
-      if (distance > 0) as_key = 0;
+      // The later token's row only, and of a token's pair with itself e is 0. One term out of chosen values: two terms
+      // would take more registers.
+      const bool is_row = row_ + 8 * r > column_token;
+      const float ratio = is_row ? rows_[r].row_ratio : column.row_ratio;
+      const float row = is_row ? rows_[r].row : column.row;
+      const float key = is_row ? column.key : rows_[r].key;
+      const float g = e * (fmaf(w, ratio, -row) * key);
+      if (is_row) sum += g;
+      return g;
     }
+    const float as_row = fmaf(w, rows_[r].row_ratio, -rows_[r].row) * column.key;
+    const float as_key = fmaf(w, column.row_ratio, -column.row);
     sum = fmaf(e, as_row, sum);
     return e * fmaf(as_key, rows_[r].key, as_row);
   }

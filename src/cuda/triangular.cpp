@@ -100,6 +100,16 @@ bool writes_result(const TriangularBackwardParams& params) {
   return params.traversal == Traversal::kRows && runs_on_hopper(params);
 }
 
+/// Of the kernels that take the problem, if any. Where the gradients of a tile's rows and columns do not fit into
+/// registers together, Hopper visits it row by row.
+std::optional<TriangularBackwardParams> backward_params_of(const Problem& problem) {
+  auto params = params_of<TriangularBackwardParams>(problem);
+  if (triangular::takes(params)) return params;
+  params.traversal = Traversal::kRows;
+  if (runs_on_hopper(params)) return params;
+  return std::nullopt;
+}
+
 }  // namespace
 
 bool hopper_is_enabled() { return enabled_kernels() == Kernels::kAll; }
@@ -156,8 +166,9 @@ std::optional<ListedRows> triangular_forward(const Problem& problem, const RowTe
 
 std::optional<LeftHeads> triangular_backward(const Problem& problem, const TriangularGradient& to) {
   if (!is_eligible(problem)) return std::nullopt;
-  auto params = params_of<TriangularBackwardParams>(problem);
-  if (!triangular::takes(params)) return std::nullopt;
+  const auto taken = backward_params_of(problem);
+  if (!taken) return std::nullopt;
+  TriangularBackwardParams params = *taken;
 
   const at::Device device = problem.device();
   const int64_t tokens = problem.rows();
@@ -208,9 +219,8 @@ TriangularWorkspace triangular_workspace(const Problem& problem) {
     bytes.on_hopper = runs_on_hopper(forward);
     bytes.forward = forward_floats(problems, tokens) * 4 + kRounding;
   }
-  const auto backward = params_of<TriangularBackwardParams>(problem);
-  if (triangular::takes(backward)) {
-    const int64_t dim = writes_result(backward) ? 0 : problem.student_rows.size(3);
+  if (const auto backward = backward_params_of(problem)) {
+    const int64_t dim = writes_result(*backward) ? 0 : problem.student_rows.size(3);
     bytes.backward = (backward_floats(problems, tokens, dim) + problems * tokens) * 4 + kRounding;
   }
   return bytes;
