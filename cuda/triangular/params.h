@@ -82,8 +82,12 @@ struct TriangularBackwardParams {
   LogitFactors factors;
   const BackwardToken* token_values;  ///< [B H, N]
   const int* wide_heads;              ///< [B H]
-  float* gradient;                    ///< [B H, N, D] sum_j H_ij x_j, without the scale; zero before, but for
-                                      ///< kRows on Hopper
+  float* gradient;                    ///< [B H, N, D] sum_j H_ij x_j, without the scale; zero before
+  // Row by row, Hopper's kernels write the gradient itself instead.
+  void* result;  ///< [B H, N, D] of the vectors' type
+  double output_scale;
+  const float* largest_grad;
+  RedoMarks redo;
 };
 
 /// Before the forward: values of the tokens, and zeros for what the steps after it add to.
@@ -124,6 +128,14 @@ struct FinishForwardParams {
   int* row_counts;     ///< [B H] rows listed, zero before
   int* row_lists;      ///< [B H, N]
   bool ordered;        ///< list rows in their order: which of them are computed together is the same in every run
+};
+
+/// Marks of rows become lists of them, in place.
+struct OrderRowsParams {
+  int problems;
+  int rows;
+  int* row_counts;  ///< [problems] written
+  int* row_lists;   ///< [problems, rows] 1: listed
 };
 
 /// Before the backward: values of the tokens, and zeros for what the steps after it add to.

@@ -16,6 +16,7 @@
 
 #include "backends.h"
 #include "cuda/problem.h"
+#include "cuda/sets.h"
 #include "cuda/tensors.h"
 #include "cuda/triangular.h"
 #include "kernel_scope.h"
@@ -198,8 +199,9 @@ ThreeTensors forward_of(const Arguments& arguments) {
     std::swap(form.student_multiplier, form.teacher_multiplier);
   }
   const at::Tensor ratios = measured_ratios(problem);
-  run_forward(forward_params(problem, float64 ? &form : nullptr, ratios), to, float64, problem.device(),
-              triangular_forward(problem, to));
+  const ForwardParams params = forward_params(problem, float64 ? &form : nullptr, ratios);
+  run_forward(params, to, float64, problem.device(),
+              problem.relation ? triangular_forward(problem, to) : sets_forward(problem, params, to));
   if (exchanged) std::swap(to.lse_student, to.lse_teacher);
   return {to.kl, to.lse_student, to.lse_teacher};
 }
@@ -339,17 +341,15 @@ class BackwardCall {
     params.redo = memory.mutable_data_ptr<int>();
     auto* const row_grads = expand ? reinterpret_cast<float*>(params.redo + mark_ints) : nullptr;
     {
-      const auto left = problem_.relation
-                            ? triangular_backward(problem_, {grad_kl_, row_grads, lse_student_, lse_teacher_,
-                                                             params.largest_grad, output_scale_, gradient, params.redo})
-                            : std::nullopt;
+      const auto left = triangular_backward(problem_, {grad_kl_, row_grads, lse_student_, lse_teacher_,
+                                                       params.largest_grad, output_scale_, gradient, params.redo});
       if (!left) {
         memory.narrow(0, 0, mark_ints).zero_();
         grad_kl = grad_kl.contiguous();
       }
       params.grad_kl = left && expand ? row_grads : grad_kl.const_data_ptr();
       params.only_heads = left ? left->heads : nullptr;
-      check_launch(backward(params, stream), kAction, device);
+      if (!sets_backward(problem_, params)) check_launch(backward(params, stream), kAction, device);
     }
 
     // Float statistics cannot hold what made the marks: all again in double.

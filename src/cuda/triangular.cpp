@@ -95,7 +95,24 @@ int64_t backward_floats(int64_t problems, int64_t tokens, int64_t dim) {
   return problems * ((dim + kFloats<BackwardToken>)*tokens + 1);
 }
 
+/// Whether the kernels write the gradient itself, and no sums in float.
+bool writes_result(const TriangularBackwardParams& params) {
+  return params.traversal == Traversal::kRows && runs_on_hopper(params);
+}
+
+/// Of the kernels that take the problem, if any. Where the gradients of a tile's rows and columns do not fit into
+/// registers together, Hopper visits it row by row.
+std::optional<TriangularBackwardParams> backward_params_of(const Problem& problem) {
+  auto params = params_of<TriangularBackwardParams>(problem);
+  if (triangular::takes(params)) return params;
+  params.traversal = Traversal::kRows;
+  if (runs_on_hopper(params)) return params;
+  return std::nullopt;
+}
+
 }  // namespace
+
+bool hopper_is_enabled() { return enabled_kernels() == Kernels::kAll; }
 
 bool is_expanded_scalar(const at::Tensor& tensor) {
   for (int64_t d = 0; d < tensor.dim(); ++d)
@@ -149,40 +166,46 @@ std::optional<ListedRows> triangular_forward(const Problem& problem, const RowTe
 
 std::optional<LeftHeads> triangular_backward(const Problem& problem, const TriangularGradient& to) {
   if (!is_eligible(problem)) return std::nullopt;
-  auto params = params_of<TriangularBackwardParams>(problem);
-  if (!triangular::takes(params)) return std::nullopt;
+  const auto taken = backward_params_of(problem);
+  if (!taken) return std::nullopt;
+  TriangularBackwardParams params = *taken;
 
   const at::Device device = problem.device();
   const int64_t tokens = problem.rows();
   const int64_t problems = problem.batch() * problem.heads();
-  Arena arena(at::empty({backward_floats(problems, tokens, params.student.dim)}, floats(device)));
-  const int64_t elements = problems * tokens * params.student.dim;
+  const int64_t dim = writes_result(params) ? 0 : params.student.dim;  // of sums
+  Arena arena(at::empty({backward_floats(problems, tokens, dim)}, floats(device)));
+  const int64_t elements = problems * tokens * dim;
   auto* sums = arena.take<float>(elements);
   auto* token_values = arena.take<BackwardToken>(problems * tokens);
   auto* wide_heads = arena.take<int>(problems);
 
   constexpr const char* kAction = "backward";
   const cudaStream_t stream = current_stream(device);
-  // Row by row, Hopper's kernels write the sums at once.
-  const bool adds = params.traversal == Traversal::kTriangular || !runs_on_hopper(params);
-  check_launch(triangular::prepare_backward(
-                   {params.batch, params.heads, problem.memory.visibility, to.grad_kl.const_data_ptr<float>(),
-                    is_expanded_scalar(to.grad_kl), to.lse_student.const_data_ptr<float>(),
-                    to.lse_teacher.const_data_ptr<float>(), to.largest_grad, token_values, wide_heads, to.row_grads,
-                    sums, adds ? elements : 0, to.redo},
-                   stream),
-               kAction, device);
+  check_launch(
+      triangular::prepare_backward({params.batch, params.heads, problem.memory.visibility,
+                                    to.grad_kl.const_data_ptr<float>(), is_expanded_scalar(to.grad_kl),
+                                    to.lse_student.const_data_ptr<float>(), to.lse_teacher.const_data_ptr<float>(),
+                                    to.largest_grad, token_values, wide_heads, to.row_grads, sums, elements, to.redo},
+                                   stream),
+      kAction, device);
   params.token_values = token_values;
   params.wide_heads = wide_heads;
   params.gradient = sums;
+  params.result = to.gradient.mutable_data_ptr();
+  params.output_scale = to.output_scale;
+  params.largest_grad = to.largest_grad;
+  params.redo = to.redo;
   check_launch(
       runs_on_hopper(params) ? launch_triangular_backward_sm90(params, stream) : triangular::backward(params, stream),
       kAction, device);
-  check_launch(triangular::finish_backward(
-                   {params.student.type, params.batch, params.heads, params.tokens, params.student.dim, to.output_scale,
-                    to.largest_grad, wide_heads, params.gradient, to.gradient.mutable_data_ptr(), to.redo},
-                   stream),
-               kAction, device);
+  if (!writes_result(params)) {
+    check_launch(triangular::finish_backward({params.student.type, params.batch, params.heads, params.tokens,
+                                              params.student.dim, to.output_scale, to.largest_grad, wide_heads,
+                                              params.gradient, to.gradient.mutable_data_ptr(), to.redo},
+                                             stream),
+                 kAction, device);
+  }
   return LeftHeads{arena.memory(), wide_heads};
 }
 
@@ -196,8 +219,8 @@ TriangularWorkspace triangular_workspace(const Problem& problem) {
     bytes.on_hopper = runs_on_hopper(forward);
     bytes.forward = forward_floats(problems, tokens) * 4 + kRounding;
   }
-  if (triangular::takes(params_of<TriangularBackwardParams>(problem))) {
-    const int64_t dim = problem.student_rows.size(3);
+  if (const auto backward = backward_params_of(problem)) {
+    const int64_t dim = writes_result(*backward) ? 0 : problem.student_rows.size(3);
     bytes.backward = (backward_floats(problems, tokens, dim) + problems * tokens) * 4 + kRounding;
   }
   return bytes;
