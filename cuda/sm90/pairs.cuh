@@ -34,7 +34,7 @@ struct ForwardTerms {
   float phi;
 };
 
-/// @param d difference / student, @param exponent of E. All near: the warp's |d| are in reach of the series.
+/// @param d difference / student, @param exponent of E. All near: the warp's |d| are in reach of the polynomial.
 template <bool kAllNear>
 __device__ ForwardTerms forward_terms(const ElementFactors& f, float d, float exponent) {
   const float e = exp2_approximate(exponent);
