@@ -16,32 +16,22 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarpsOfBlock = kThreads / 32;
 
-/// The largest `x` of the block's threads; NaN does not count.
-__device__ float largest_of_block(float x, float* scratch) {
-#pragma unroll
-  for (int lane = 16; lane > 0; lane /= 2)
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lane));
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = scratch[0];
-#pragma unroll
-  for (int w = 1; w < kWarpsOfBlock; ++w)
-    x = fmaxf(x, scratch[w]);
-  return x;
-}
+__device__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ int larger(int a, int b) { return max(a, b); }
 
-__device__ int largest_of_block(int x, int* scratch) {
+/// The largest `x` of the block's threads; NaN does not count.
+template <typename Number>
+__device__ Number largest_of_block(Number x, Number* scratch) {
 #pragma unroll
   for (int lane = 16; lane > 0; lane /= 2)
-    x = max(x, __shfl_xor_sync(0xffffffffu, x, lane));
+    x = larger(x, __shfl_xor_sync(0xffffffffu, x, lane));
   __syncthreads();
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
   __syncthreads();
   x = scratch[0];
 #pragma unroll
   for (int w = 1; w < kWarpsOfBlock; ++w)
-    x = max(x, scratch[w]);
+    x = larger(x, scratch[w]);
   return x;
 }
 
