@@ -23,8 +23,8 @@ namespace linearard {
 /// @throws c10::Error naming the operator, the argument, what was expected and what came
 at::Tensor layer_relation_kl(at::TensorList students, at::TensorList teachers, const RelationOptions& options = {});
 
-/// The forward kernels: (kl, lse_student, lse_teacher), of each R tensors [B, H_r, N], as relation_kl_forward returns
-/// them.
+/// Its rows: (kl, lse_student, lse_teacher), of each R tensors [B, H_r, N], as relation_kl_forward returns them. kl is
+/// differentiable once, with respect to the students.
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> layer_relation_kl_forward(
     at::TensorList students, at::TensorList teachers, const RelationOptions& options = {});
 

@@ -1,7 +1,7 @@
 """C++ interface of linearard (python/bindings)."""
 
-from enum import Enum
 from collections.abc import Sequence
+from enum import Enum
 from typing import TypedDict
 
 from torch import Tensor

@@ -235,10 +235,11 @@ def layer_relation_kl_forward(
     beta: float = 0.5,
     deterministic: bool | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The forward kernels of `layer_relation_kl`; arguments as there.
+    """The rows of `layer_relation_kl`; arguments as there.
 
     Returns:
-        (kl, lse_student, lse_teacher), of each R tensors [B, H_r, N] as `relation_kl_forward` returns them.
+        (kl, lse_student, lse_teacher), of each R tensors [B, H_r, N] as `relation_kl_forward` returns them, float64
+        where either tensor of the pair is. kl is differentiable once, with respect to the students.
     """
     kl, lse_student, lse_teacher = torch.ops.linearard.layer_relation_kl_forward(
         students,

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <optional>
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
@@ -37,6 +39,20 @@ struct Problem {
     return statistics_dtype_of(student_rows, student_keys, teacher_rows, teacher_keys) == at::kDouble;
   }
 };
+
+/// @param shared what the rows see, for calls of several relations that see the same: used where it is there, else
+///        written
+Problem problem_of(const RelationArguments& arguments, std::optional<VisibilityMemory>* shared = nullptr);
+Problem problem_of(const AttentionArguments& arguments);
+
+Divergence kernel_divergence(linearard::Divergence divergence);
+
+/// KL(Q || P) is KL(P || Q) with the roles exchanged.
+void exchange_roles(Problem& problem);
+
+/// Brings x into the teacher's scale where the scales allow to compute the logits' difference as one; 0 where they do
+/// not.
+double difference_ratio(const Problem& problem);
 
 /// Statistics [B, H, N] of the rows.
 inline at::Tensor row_tensor(const Problem& problem, at::ScalarType dtype) {

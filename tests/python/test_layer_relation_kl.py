@@ -86,10 +86,12 @@ def test_agrees_with_single_calls(device, kinds, name):
     together = loss_and_gradients(
         lambda: linearard.layer_relation_kl(students, teachers, **options), students, upstream
     )
-    assert together[0].shape == (len(students),) and together[0].dtype == single[0].dtype
+    assert together[0].shape == (len(students),)
+    assert together[0].dtype == single[0].dtype
     torch.testing.assert_close(together[0], single[0], rtol=1e-4, atol=1e-6)
     for one, other in zip(together[1], single[1], strict=True):
-        assert one.dtype == other.dtype and one.shape == other.shape
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
         assert_same(one, other)
 
 
@@ -133,7 +135,8 @@ def test_only_students_that_require_grad_get_one(device):
     students, teachers = layer(LAYERS["one layer"], device)
     students[1] = students[1].detach()
     linearard.layer_relation_kl(students, teachers).sum().backward()
-    assert students[0].grad is not None and students[2].grad is not None
+    assert students[0].grad is not None
+    assert students[2].grad is not None
     assert students[1].grad is None
 
 
@@ -141,7 +144,8 @@ def test_a_loss_that_is_not_used_has_no_gradient(device):
     students, teachers = layer(LAYERS["one layer"], device)
     kl, _, _ = ops.layer_relation_kl_forward(students, teachers)
     gradients = torch.autograd.grad(kl[2].sum(), students, allow_unused=True)
-    assert gradients[0] is None and gradients[1] is None
+    assert gradients[0] is None
+    assert gradients[1] is None
     expected = torch.autograd.grad(ops.relation_kl(students[2], teachers[2], reduction="sum"), students[2])
     assert_same(gradients[2], expected[0])
 
