@@ -20,7 +20,6 @@ from linearard.trainer import ARDTrainer
 from linearard.training_config import ARDConfig
 
 ROOT = Path(__file__).parents[1]
-RELATIONS = ["query", "key", "value", "attention"]
 
 
 def main() -> int:
@@ -31,6 +30,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--relations", nargs="+", default=["query", "key", "value", "attention"])
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, on a GPU")
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True)
@@ -41,10 +43,11 @@ def main() -> int:
             output=str(tokens),
         )
     )  # fmt: skip
-    shared = {"scaling": "linear:4", "max_steps": arguments.steps, "learning_rate": 1e-3, "warmup_steps": 4, "seed": 42}
+    shared = {"scaling": "linear:4", "max_steps": arguments.steps, "warmup_steps": 4}
+    shared |= {"learning_rate": arguments.learning_rate, "seed": arguments.seed}
     command = [
         arguments.program, "--model", resolve_model(arguments.model), "--tokens", tokens,
-        "--batch_size", arguments.batch, "--relations", ",".join(RELATIONS),
+        "--batch_size", arguments.batch, "--relations", ",".join(arguments.relations),
         "--output_dir", arguments.output_dir / "cpp",
     ]  # fmt: skip
     command += [part for name, value in shared.items() for part in (f"--{name}", value)]
@@ -54,8 +57,8 @@ def main() -> int:
 
     directory = arguments.output_dir / "python"
     config = ARDConfig(
-        output_dir=str(directory), relations=RELATIONS, lora_rank=0, per_device_train_batch_size=arguments.batch,
-        bf16=arguments.bf16, report_to="none", disable_tqdm=True, **shared,
+        output_dir=str(directory), relations=arguments.relations, lora_rank=0,
+        per_device_train_batch_size=arguments.batch, bf16=arguments.bf16, report_to="none", disable_tqdm=True, **shared,
     )  # fmt: skip
     trainer = ARDTrainer(load_model(arguments.model), config, train_dataset=Blocks(blocks))
     trainer.train()

@@ -201,10 +201,11 @@ class Backward {
     const Visibility& v = p_.visibility;
     const bool relation = p_.row_term && p_.column_term;
     const int first = tile * kOthers;
-    const int offset = v.keys - v.rows;
-    // Causal: a tile on one side of the diagonal has one of the two terms.
-    const bool rows_see = p_.row_term && (!v.causal || first <= first_ + kOwners - 1 + offset);
-    const bool columns_see = p_.column_term && (!v.causal || first_ <= first + kOthers - 1 + offset);
+    // Causal: a tile on one side of the diagonal has one of the two terms. In the pair form the diagonal of a packed
+    // sequence may lie anywhere.
+    const bool halves = relation && v.causal;
+    const bool rows_see = p_.row_term && (!halves || first <= first_ + kOwners - 1);
+    const bool columns_see = p_.column_term && (!halves || first_ <= first + kOthers - 1);
     const bool diagonal = relation && first < first_ + kOwners && first + kOthers > first_;
     if (!diagonal && (rows_see || columns_see) && (!rows_see || all_rows_see(tile)) &&
         (!columns_see || all_columns_see(tile))) {

@@ -21,6 +21,12 @@ __device__ inline int warp_of_group() { return static_cast<int>(threadIdx.x) % 1
 __device__ inline int row_of_thread() { return warp_of_group() * 16 + static_cast<int>(threadIdx.x) % 32 / 4; }
 __device__ inline int column_of_thread() { return static_cast<int>(threadIdx.x) % 4 * 2; }
 
+/// Over the four threads that share a row.
+__device__ inline float over_columns(float sum) {
+  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+  return sum + __shfl_xor_sync(0xffffffffu, sum, 2);
+}
+
 /// What is added to the sums of both tokens of a pair, but for the other one's weight.
 struct ForwardTerms {
   float mass;
@@ -78,13 +84,17 @@ __device__ void add_fragments(const float (&difference)[kElements],
   }
 }
 
-/// Turns the student's products of kVoteFragments into differences. Returns the farthest one of the thread.
+/// Turns the student's products of kVoteFragments into differences, less `mean` of the thread's rows. Returns the
+/// farthest one of the thread.
 template <int kElements>
-__device__ float subtract_teacher(float (&student)[kElements], const float (&teacher)[kElements], int first) {
+__device__ float subtract_teacher(float (&student)[kElements],
+                                  const float (&teacher)[kElements],
+                                  int first,
+                                  const float (&mean)[2]) {
   float largest[4] = {};  // four chains, which do not wait for each other
 #pragma unroll
   for (int i = 4 * first; i < 4 * (first + kVoteFragments); ++i) {
-    student[i] -= teacher[i];
+    student[i] = student[i] - teacher[i] - mean[i / 2 % 2];
     largest[i % 4] = fmaxf(largest[i % 4], fabsf(student[i]));  // NaN passes: it reaches the sums through E
   }
   return fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
@@ -101,9 +111,10 @@ __device__ void add_pairs(float (&student)[kElements],
                           ForwardRows& rows,
                           Sums (&column_sums)[kElements / 2]) {
   static_assert(kElements % (4 * kVoteFragments) == 0);
+  constexpr float kNoMean[2] = {0, 0};
 #pragma unroll
   for (int first = 0; first < kElements / 4; first += kVoteFragments) {
-    if (__all_sync(0xffffffffu, subtract_teacher(student, teacher, first) < factors.near)) {
+    if (__all_sync(0xffffffffu, subtract_teacher(student, teacher, first, kNoMean) < factors.near)) {
       add_fragments<kPartial, true>(student, teacher, first, factors, columns, diagonal, rows, column_sums);
     } else {
       add_fragments<kPartial, false>(student, teacher, first, factors, columns, diagonal, rows, column_sums);

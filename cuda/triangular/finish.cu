@@ -5,6 +5,7 @@
 #include "../common/launch.cuh"
 #include "../common/rounding.cuh"
 #include "../common/visibility.cuh"
+#include "divergence.cuh"
 #include "group.cuh"
 #include "launch.h"
 
@@ -14,18 +15,6 @@ namespace linearard::cuda::triangular {
 namespace {
 
 constexpr int kThreads = 256;
-
-constexpr double kLn2Wide = 0.69314718055994530942;
-
-/// e^x - 1 - x, nats.
-__device__ double phi_of(double x) { return phi(x); }
-
-/// KL of a distribution against the one that it becomes when each probability is multiplied by e^x and the whole is
-/// normalised, from a = E[e^x - 1], c = E[phi(x)] and m = E[x]: log E[e^x] - m.
-__device__ double tilted_divergence(double a, double c, double m) {
-  // a - log1p(a) is small where a is, and cancels where it is not.
-  return fabs(a) < 0.5 ? c - (a - log1p(a)) : log1p(a) - m;
-}
 
 struct Row {
   double kl;
@@ -44,8 +33,6 @@ __device__ Row own_row(const OwnLogit& own) {
 ///   KL(P || Q) = KL of own against others + R KL of the others among themselves,
 /// a sum of two non-negative terms: the own logit, which moves differently from all others, cancels nowhere.
 __device__ Row row_of(double mass, double moment, double phi_sum, const OwnLogit& own, double log2_unit) {
-  // One float sum of tens of thousands of terms, and the terms themselves.
-  constexpr double kRounding = 1.5e-6;
   const double own_teacher = static_cast<double>(own.teacher) * kLn2Wide;
   const double own_difference = static_cast<double>(own.difference) * kLn2Wide;
   const double a = (moment + phi_sum) / mass;
@@ -53,7 +40,7 @@ __device__ Row row_of(double mass, double moment, double phi_sum, const OwnLogit
   const double m = moment / mass;
   const double shift = log1p(a);  // of the others' log-sum-exp
   const double rest = tilted_divergence(a, c, m);
-  const double rest_error = kRounding * (fabs(a) / (1 + a) * sqrt(2 * c) + m * m + c / (1 + a));
+  const double rest_error = tilted_error(a, c, m);
 
   // Log-odds of the others against the token itself.
   const double odds_teacher = log(mass) + log2_unit * kLn2Wide - own_teacher;
@@ -65,12 +52,6 @@ __device__ Row row_of(double mass, double moment, double phi_sum, const OwnLogit
   const auto softplus = [](double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); };
   return {binary + others * rest, own_teacher + own_difference + softplus(odds_student),
           own_teacher + softplus(odds_teacher), others * rest_error};
-}
-
-/// Half of what is promised of a row: 1e-4 of it from 1e-3 nats, 1e-2 from 1e-6 nats.
-__device__ double allowed_error(double kl) {
-  if (kl >= 1e-3) return 0.5e-4 * kl;
-  return fmax(0.5e-2 * kl, 0.5e-8);
 }
 
 __global__ void __launch_bounds__(kThreads) finish_forward_kernel(const __grid_constant__ FinishForwardParams p) {
@@ -113,9 +94,9 @@ __global__ void __launch_bounds__(kThreads) finish_forward_kernel(const __grid_c
 }
 
 /// Makes lists of rows out of their marks, in place. A warp serves a head: what it writes it has read.
-__global__ void __launch_bounds__(32) order_rows_kernel(const __grid_constant__ FinishForwardParams p) {
+__global__ void __launch_bounds__(32) order_rows_kernel(const __grid_constant__ OrderRowsParams p) {
   const int problem = static_cast<int>(blockIdx.x);
-  const int tokens = p.visibility.rows;
+  const int tokens = p.rows;
   const int lane = static_cast<int>(threadIdx.x);
   int* const list = p.row_lists + static_cast<int64_t>(problem) * tokens;
   int count = 0;
@@ -193,7 +174,11 @@ cudaError_t finish_forward(const FinishForwardParams& params, cudaStream_t strea
   const cudaError_t error =
       launch_blocks(finish_forward_kernel, params, (rows + kThreads - 1) / kThreads, kThreads, 0, stream);
   if (error != cudaSuccess || !params.ordered) return error;
-  return launch_blocks(order_rows_kernel, params, int64_t{params.group.problems}, 32, 0, stream);
+  return order_rows({params.group.problems, params.visibility.rows, params.row_counts, params.row_lists}, stream);
+}
+
+cudaError_t order_rows(const OrderRowsParams& params, cudaStream_t stream) {
+  return launch_blocks(order_rows_kernel, params, params.problems, 32, 0, stream);
 }
 
 cudaError_t finish_backward(const FinishBackwardParams& params, cudaStream_t stream) {

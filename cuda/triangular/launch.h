@@ -16,6 +16,7 @@ bool takes(const TriangularBackwardParams& params);
 cudaError_t prepare_forward(const PrepareForwardParams& params, cudaStream_t stream);
 cudaError_t forward(const TriangularForwardParams& params, cudaStream_t stream);
 cudaError_t finish_forward(const FinishForwardParams& params, cudaStream_t stream);
+cudaError_t order_rows(const OrderRowsParams& params, cudaStream_t stream);
 
 cudaError_t prepare_backward(const PrepareBackwardParams& params, cudaStream_t stream);
 cudaError_t backward(const TriangularBackwardParams& params, cudaStream_t stream);

@@ -115,8 +115,12 @@ struct TriangularBackwardParams {
   LogitFactors factors;
   const BackwardToken* token_values;  ///< [P, N]
   const int* wide_heads;              ///< [P]
-  float* gradient;                    ///< [P, N, D] sum_j H_ij x_j, without the scale; zero before, but for
-                                      ///< kRows on Hopper
+  float* gradient;                    ///< [P, N, D] sum_j H_ij x_j, without the scale; zero before
+  // Row by row, Hopper's kernels write the gradient itself instead.
+  void* result;  ///< [B H, N, D] of the vectors' type
+  double output_scale;
+  const float* largest_grad;
+  RedoMarks redo;
   RelationGroup group;
   GroupVectors vectors;
 };
@@ -172,6 +176,14 @@ struct RowGradients {
   const float* largest_grad;  ///< max |grad_kl|, for half only
   float* row_grads;           ///< [B H, N] grad_kl for the dense kernels; null: not wanted
   RedoMarks redo;
+};
+
+/// Marks of rows become lists of them, in place.
+struct OrderRowsParams {
+  int problems;
+  int rows;
+  int* row_counts;  ///< [problems] written
+  int* row_lists;   ///< [problems, rows] 1: listed
 };
 
 /// Before the backward: values of the tokens, and zeros for what the steps after it add to.

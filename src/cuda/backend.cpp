@@ -17,6 +17,7 @@
 
 #include "backends.h"
 #include "cuda/problem.h"
+#include "cuda/sets.h"
 #include "cuda/tensors.h"
 #include "cuda/triangular.h"
 #include "kernel_scope.h"
@@ -29,49 +30,6 @@
 
 namespace linearard::cuda {
 namespace {
-
-/// @param ratios of measured_ratios
-ForwardParams forward_params(const Problem& problem, const LogitForm* form, const at::Tensor& ratios) {
-  ForwardParams params{};
-  const int64_t heads = problem.heads();
-  params.student_rows = vectors_of(problem.student_rows, heads);
-  params.student_keys = vectors_of(problem.student_keys, heads);
-  params.teacher_rows = vectors_of(problem.teacher_rows, heads);
-  params.teacher_keys = vectors_of(problem.teacher_keys, heads);
-  params.batch = narrow(problem.batch());
-  params.heads = narrow(heads);
-  params.visibility = problem.memory.visibility;
-  params.scale_student = form != nullptr ? form->scale_student : problem.scale_student;
-  params.scale_teacher = form != nullptr ? form->scale_teacher : problem.scale_teacher;
-  params.student_multiplier = form != nullptr ? form->student_multiplier : 1;
-  params.teacher_multiplier = form != nullptr ? form->teacher_multiplier : 1;
-  params.difference_ratio = difference_ratio(problem);
-  params.difference_ratios = ratios.defined() ? ratios.const_data_ptr<double>() : nullptr;
-  params.divergence = kernel_divergence(problem.divergence);
-  params.beta = problem.beta;
-  return params;
-}
-
-/// Whether the vectors decide about the difference form too, head by head: for the generic kernels.
-bool measures_closeness(const Problem& problem) {
-  if (difference_ratio(problem) == 0) return false;
-  return !uses_tensor_cores(forward_params(problem, nullptr, {})) ||
-         problem.student_keys.size(1) != problem.teacher_keys.size(1);
-}
-
-/// What ForwardParams::difference_ratios points to, made on the device; undefined where nothing reads it.
-at::Tensor measured_ratios(const Problem& problem) {
-  if (!measures_closeness(problem)) return {};
-  const at::Tensor ratios =
-      at::empty({problem.batch() * problem.heads()}, problem.student_rows.options().dtype(at::kDouble));
-  const ForwardParams of = forward_params(problem, nullptr, {});
-  const ClosenessParams params{
-      of.student_rows, of.student_keys, of.teacher_rows,  of.teacher_keys,     of.batch,
-      of.heads,        of.visibility,   problem.relation, of.difference_ratio, ratios.mutable_data_ptr<double>()};
-  check_launch(measure_closeness(params, current_stream(problem.device())), "closeness of student and teacher",
-               problem.device());
-  return ratios;
-}
 
 void set_outputs(ForwardParams& params, const RowTensors& to) {
   const auto data = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; };
@@ -138,7 +96,8 @@ struct ForwardCall {
   ThreeTensors finish(const std::optional<ListedRows>& listed) {
     if (problem.empty()) return {to.kl.zero_(), to.lse_student.zero_(), to.lse_teacher.zero_()};
     const at::Tensor ratios = measured_ratios(problem);
-    run_forward(forward_params(problem, float64 ? &form : nullptr, ratios), to, float64, problem.device(), listed);
+    const ForwardParams params = forward_params(problem, float64 ? &form : nullptr, ratios);
+    run_forward(params, to, float64, problem.device(), problem.relation ? listed : sets_forward(problem, params, to));
     if (exchanged) std::swap(to.lse_student, to.lse_teacher);
     return {to.kl, to.lse_student, to.lse_teacher};
   }
@@ -255,7 +214,7 @@ class BackwardCall {
     }
     if (!left) pending.memory.narrow(0, 0, pending.mark_ints).zero_();
     params.only_heads = left ? left->heads : nullptr;
-    check_launch(backward(params, stream), kAction, device);
+    if (!sets_backward(problem_, params)) check_launch(backward(params, stream), kAction, device);
 
     // Float statistics cannot hold what made the marks: all again in double.
     const auto wide = [&] { return row_tensor(problem_, at::kDouble); };

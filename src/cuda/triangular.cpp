@@ -63,11 +63,33 @@ Params params_of(const Problem& p) {
   return params;
 }
 
+/// Of the kernels that take the problem, if any.
+std::optional<TriangularForwardParams> forward_params_of(const Problem& problem) {
+  auto params = params_of<TriangularForwardParams>(problem);
+  if (triangular::takes(params)) return params;
+  return std::nullopt;
+}
+
+/// Likewise. Where the gradients of a tile's rows and columns do not fit into registers together, Hopper goes row by
+/// row.
+std::optional<TriangularBackwardParams> backward_params_of(const Problem& problem) {
+  auto params = params_of<TriangularBackwardParams>(problem);
+  if (triangular::takes(params)) return params;
+  params.traversal = Traversal::kRows;
+  if (runs_on_hopper(params)) return params;
+  return std::nullopt;
+}
+
+/// Whether the kernels write the gradient itself, and no sums in float.
+bool writes_result(const TriangularBackwardParams& params) {
+  return params.traversal == Traversal::kRows && runs_on_hopper(params);
+}
+
 /// Whether the kernels of a call serve one relation only: those of Hopper that go row by row.
 bool stands_alone(const TriangularForwardParams& p) {
   return (p.causal || p.traversal == Traversal::kRows) && runs_on_hopper(p);
 }
-bool stands_alone(const TriangularBackwardParams& p) { return p.traversal == Traversal::kRows && runs_on_hopper(p); }
+bool stands_alone(const TriangularBackwardParams& p) { return writes_result(p); }
 
 /// Whether one launch serves both.
 template <typename Params>
@@ -90,14 +112,17 @@ struct Group {
 };
 
 /// @param relations with a member `problem`; those that the kernels do not take are in no group
+/// @param params_of_taken forward_params_of or backward_params_of
 template <typename Params, typename Relation>
-std::vector<Group<Params>> groups_of(const std::vector<Relation>& relations) {
+std::vector<Group<Params>> groups_of(const std::vector<Relation>& relations,
+                                     std::optional<Params> (*params_of_taken)(const Problem&)) {
   std::vector<Group<Params>> groups;
   for (size_t i = 0; i < relations.size(); ++i) {
     const Problem& problem = *relations[i].problem;
     if (!is_eligible(problem)) continue;
-    const auto params = params_of<Params>(problem);
-    if (!triangular::takes(params)) continue;
+    const std::optional<Params> taken = params_of_taken(problem);
+    if (!taken) continue;
+    const Params& params = *taken;
     const auto has_room = [&](const Group<Params>& group) {
       return group.places.size() < kLargestGroup && can_share(group.params, params);
     };
@@ -155,6 +180,8 @@ int64_t backward_floats(int64_t problems, int64_t tokens, int64_t dim) {
 }
 
 }  // namespace
+
+bool hopper_is_enabled() { return enabled_kernels() == Kernels::kAll; }
 
 bool is_expanded_scalar(const at::Tensor& tensor) {
   for (int64_t d = 0; d < tensor.dim(); ++d)
@@ -227,8 +254,9 @@ void run_group(const Group<TriangularBackwardParams>& group,
   const int64_t tokens = group.tokens();
   const int64_t problems = group.problems();
   TriangularBackwardParams params = group.params;
-  const int64_t elements = problems * tokens * params.student.dim;
-  Arena arena(at::empty({backward_floats(problems, tokens, params.student.dim)}, floats(device)));
+  const int64_t dim = writes_result(params) ? 0 : params.student.dim;  // of sums
+  const int64_t elements = problems * tokens * dim;
+  Arena arena(at::empty({backward_floats(problems, tokens, dim)}, floats(device)));
   PrepareBackwardParams prepare{};
   FinishBackwardParams finish{};
   prepare.group = finish.group = params.group;
@@ -241,8 +269,11 @@ void run_group(const Group<TriangularBackwardParams>& group,
   finish.sums = params.gradient;
   params.token_values = prepare.token_values = arena.take<BackwardToken>(problems * tokens);
   params.wide_heads = finish.wide_heads = prepare.wide_heads = arena.take<int>(problems);
-  // Row by row, Hopper's kernels write the sums at once.
-  prepare.gradient_floats = params.traversal == Traversal::kTriangular || !runs_on_hopper(params) ? elements : 0;
+  prepare.gradient_floats = elements;
+  params.result = first.gradient.mutable_data_ptr();
+  params.output_scale = first.output_scale;
+  params.largest_grad = first.largest_grad;
+  params.redo = first.redo;
   for (size_t r = 0; r < group.places.size(); ++r) {
     const TriangularGradient& to = relations[group.places[r]];
     prepare.rows[r] = {to.grad_kl.const_data_ptr<float>(),
@@ -261,7 +292,7 @@ void run_group(const Group<TriangularBackwardParams>& group,
   check_launch(
       runs_on_hopper(params) ? launch_triangular_backward_sm90(params, stream) : triangular::backward(params, stream),
       kAction, device);
-  check_launch(triangular::finish_backward(finish, stream), kAction, device);
+  if (!writes_result(params)) check_launch(triangular::finish_backward(finish, stream), kAction, device);
   for (size_t r = 0; r < group.places.size(); ++r)
     results[group.places[r]] = LeftHeads{arena.memory(), finish.wide_heads + params.group.first[r]};
 }
@@ -270,14 +301,14 @@ void run_group(const Group<TriangularBackwardParams>& group,
 
 std::vector<std::optional<ListedRows>> triangular_forward(const std::vector<TriangularRows>& relations) {
   std::vector<std::optional<ListedRows>> results(relations.size());
-  for (const auto& group : groups_of<TriangularForwardParams>(relations))
+  for (const auto& group : groups_of(relations, &forward_params_of))
     run_group(group, relations, results);
   return results;
 }
 
 std::vector<std::optional<LeftHeads>> triangular_backward(const std::vector<TriangularGradient>& relations) {
   std::vector<std::optional<LeftHeads>> results(relations.size());
-  for (const auto& group : groups_of<TriangularBackwardParams>(relations))
+  for (const auto& group : groups_of(relations, &backward_params_of))
     run_group(group, relations, results);
   return results;
 }
@@ -292,8 +323,8 @@ TriangularWorkspace triangular_workspace(const Problem& problem) {
     bytes.on_hopper = runs_on_hopper(forward);
     bytes.forward = forward_floats(problems, tokens) * 4 + kRounding;
   }
-  if (triangular::takes(params_of<TriangularBackwardParams>(problem))) {
-    const int64_t dim = problem.student_rows.size(3);
+  if (const auto backward = backward_params_of(problem)) {
+    const int64_t dim = writes_result(*backward) ? 0 : problem.student_rows.size(3);
     bytes.backward = (backward_floats(problems, tokens, dim) + problems * tokens) * 4 + kRounding;
   }
   return bytes;

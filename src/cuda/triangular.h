@@ -10,6 +10,9 @@
 
 namespace linearard::cuda {
 
+/// Whether calls may run on the kernels of sm_90a.
+bool hopper_is_enabled();
+
 /// What a triangular forward leaves to the dense kernels: rows that need another computation, as ForwardParams takes
 /// them.
 struct ListedRows {

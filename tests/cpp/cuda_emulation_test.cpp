@@ -115,28 +115,52 @@ INSTANTIATE_TEST_SUITE_P(,
                                   (info.param.causal ? "Causal" : "Dense") + (info.param.mask ? "Masked" : "");
                          });
 
+/// Forward and both gradients of an attention map in the pair form, against float64.
+void expect_attention(const std::tuple<at::Tensor, at::Tensor>& queries,
+                      const std::tuple<at::Tensor, at::Tensor>& keys,
+                      const KernelProblem& problem,
+                      const AttentionOptions& options) {
+  const auto result = run_forward(problem);
+  const auto& [query, query_teacher] = queries;
+  const auto& [key, key_teacher] = keys;
+  const at::Tensor exact_query = query.to(at::kDouble).requires_grad_();
+  const at::Tensor exact_key = key.to(at::kDouble).requires_grad_();
+  const auto exact = testing::reference_attention(exact_query, exact_key, query_teacher, key_teacher, options);
+  expect_rows(result, exact);
+
+  const at::Tensor weights = weights_for(result.kl);
+  (std::get<0>(exact) * weights).sum().backward();
+  const double promise = gradient_promise(query.scalar_type());
+  EXPECT_LE(relative_error(run_backward(testing::row_gradient_params(problem, weights, result), query, weights),
+                           exact_query.grad()),
+            promise);
+  EXPECT_LE(relative_error(run_backward(testing::key_gradient_params(problem, weights, result), key, weights),
+                           exact_key.grad()),
+            promise);
+}
+
 TEST(EmulatedAttention, GroupedHeadsAgreeWithFloat64) {
   for (const bool causal : {false, true}) {
     SCOPED_TRACE(causal);
-    const auto [query, query_teacher] = student_and_teacher(1, 4, 75, 64, at::kBFloat16);
-    const auto [key, key_teacher] = student_and_teacher(1, 2, 110, 64, at::kBFloat16);
-    const KernelProblem problem = testing::attention_problem(query, key, query_teacher, key_teacher, causal);
-    const auto result = run_forward(problem);
-    const at::Tensor exact_query = query.to(at::kDouble).requires_grad_();
-    const at::Tensor exact_key = key.to(at::kDouble).requires_grad_();
-    const auto exact = testing::reference_attention(exact_query, exact_key, query_teacher, key_teacher,
-                                                    AttentionOptions{}.causal(causal));
-    expect_rows(result, exact);
-
-    const at::Tensor weights = weights_for(result.kl);
-    (std::get<0>(exact) * weights).sum().backward();
-    EXPECT_LE(relative_error(run_backward(testing::row_gradient_params(problem, weights, result), query, weights),
-                             exact_query.grad()),
-              gradient_promise(at::kBFloat16));
-    EXPECT_LE(relative_error(run_backward(testing::key_gradient_params(problem, weights, result), key, weights),
-                             exact_key.grad()),
-              gradient_promise(at::kBFloat16));
+    const auto queries = student_and_teacher(1, 4, 75, 64, at::kBFloat16);
+    const auto keys = student_and_teacher(1, 2, 110, 64, at::kBFloat16);
+    const auto& [query, query_teacher] = queries;
+    const auto& [key, key_teacher] = keys;
+    expect_attention(queries, keys, testing::attention_problem(query, key, query_teacher, key_teacher, causal),
+                     AttentionOptions{}.causal(causal));
   }
+}
+
+/// The first sequence has more keys than queries and the second far fewer: by the whole tensors' lengths, no query
+/// would see the first key.
+TEST(EmulatedAttention, DiagonalsOfPackedSequences) {
+  const auto queries = student_and_teacher(1, 2, 150, 32, at::kBFloat16);
+  const auto keys = student_and_teacher(1, 2, 12, 32, at::kBFloat16);
+  const auto& [query, query_teacher] = queries;
+  const auto& [key, key_teacher] = keys;
+  const testing::Boundaries boundaries{at::tensor({0, 3, 150}, at::kLong), at::tensor({0, 8, 12}, at::kLong)};
+  expect_attention(queries, keys, testing::attention_problem(query, key, query_teacher, key_teacher, true, boundaries),
+                   AttentionOptions{}.causal(true).cu_seqlens(boundaries.rows).cu_seqlens_key(boundaries.keys));
 }
 
 /// The mean by one block, and by several.

@@ -63,26 +63,37 @@ cuda::Vectors vectors_of(const at::Tensor& tensor, int64_t heads) {
           aligned};
 }
 
-EmulatedVisibility visibility_of(
-    int64_t batch, int64_t rows, int64_t keys, bool causal, const std::optional<at::Tensor>& mask) {
+EmulatedVisibility visibility_of(int64_t batch,
+                                 int64_t rows,
+                                 int64_t keys,
+                                 bool causal,
+                                 const std::optional<at::Tensor>& mask,
+                                 const Boundaries& boundaries) {
   EmulatedVisibility memory;
   cuda::Visibility& visibility = memory.visibility;
   visibility.rows = static_cast<int>(rows);
   visibility.keys = static_cast<int>(keys);
   visibility.causal = causal;
-  if (!mask) return memory;
-  memory.row_mask = memory.key_mask = mask->contiguous();
-  visibility.row_mask = visibility.key_mask = bytes_of(memory.key_mask);
-  memory.prefix = at::constant_pad_nd(at::cumsum(memory.key_mask, 1), {1, 0}).to(at::kInt).contiguous();
+  if (!mask && !boundaries.rows.defined()) return memory;
+  cuda::RangeParams params{};
+  if (mask) {
+    memory.row_mask = memory.key_mask = mask->contiguous();
+    visibility.row_mask = visibility.key_mask = bytes_of(memory.key_mask);
+    memory.prefix = at::constant_pad_nd(at::cumsum(memory.key_mask, 1), {1, 0}).to(at::kInt).contiguous();
+    params.key_prefix = memory.prefix.const_data_ptr<int>();
+  }
+  if (boundaries.rows.defined()) {
+    params.row_boundaries = boundaries.rows.const_data_ptr<int64_t>();
+    params.key_boundaries = boundaries.keys.const_data_ptr<int64_t>();
+    params.sequences = static_cast<int>(boundaries.rows.size(0) - 1);
+  }
   memory.ranges = at::empty({batch * (rows + keys), 3}, at::kInt);
   auto* const ranges = reinterpret_cast<cuda::Range*>(memory.ranges.mutable_data_ptr<int>());
-  cuda::RangeParams params{};
   params.batch = static_cast<int>(batch);
   params.rows = visibility.rows;
   params.keys = visibility.keys;
   params.causal = causal;
   params.row_mask = visibility.row_mask;
-  params.key_prefix = memory.prefix.const_data_ptr<int>();
   params.row_ranges = ranges;
   params.key_ranges = ranges + batch * rows;
   visibility.row_ranges = params.row_ranges;
@@ -111,9 +122,10 @@ KernelProblem attention_problem(const at::Tensor& query_student,
                                 const at::Tensor& key_student,
                                 const at::Tensor& query_teacher,
                                 const at::Tensor& key_teacher,
-                                bool causal) {
+                                bool causal,
+                                const Boundaries& boundaries) {
   KernelProblem problem{query_student, key_student, query_teacher, key_teacher, false, causal, {}};
-  problem.memory = visibility_of(problem.batch(), problem.rows(), problem.keys(), causal, {});
+  problem.memory = visibility_of(problem.batch(), problem.rows(), problem.keys(), causal, {}, boundaries);
   return problem;
 }
 

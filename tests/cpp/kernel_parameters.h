@@ -22,9 +22,20 @@ struct EmulatedVisibility {
   at::Tensor ranges;
 };
 
-/// @param mask [B, N] bool, of rows and keys of a self-relation; runs the kernel that makes ranges of it
-EmulatedVisibility visibility_of(
-    int64_t batch, int64_t rows, int64_t keys, bool causal, const std::optional<at::Tensor>& mask);
+/// Boundaries of packed sequences, [S + 1] int64 each.
+struct Boundaries {
+  at::Tensor rows;
+  at::Tensor keys;
+};
+
+/// @param mask [B, N] bool, of rows and keys of a self-relation; runs the kernel that makes ranges of it and of the
+///        boundaries
+EmulatedVisibility visibility_of(int64_t batch,
+                                 int64_t rows,
+                                 int64_t keys,
+                                 bool causal,
+                                 const std::optional<at::Tensor>& mask,
+                                 const Boundaries& boundaries = {});
 
 /// Zeros for marks of rows that float cannot hold.
 at::Tensor clear_marks(int64_t heads, int64_t rows);
@@ -56,7 +67,8 @@ KernelProblem attention_problem(const at::Tensor& query_student,
                                 const at::Tensor& key_student,
                                 const at::Tensor& query_teacher,
                                 const at::Tensor& key_teacher,
-                                bool causal = false);
+                                bool causal = false,
+                                const Boundaries& boundaries = {});
 
 /// Results [B, H, rows] float of a forward kernel, and the marks.
 struct ForwardResult {

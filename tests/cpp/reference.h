@@ -35,7 +35,7 @@ at::Tensor gaussian(int64_t batch, int64_t heads, int64_t tokens, int64_t dimens
 std::tuple<at::Tensor, at::Tensor> student_and_teacher(
     int64_t batch, int64_t heads, int64_t tokens, int64_t dimension, at::ScalarType dtype = at::kFloat);
 
-/// Largest excess of |value - exact| over 1e-4 exact + 1e-7: what the library promises for rows from 1e-3 nats, and
+/// Largest excess of |value - exact| over 1e-4 |exact| + 1e-7: what the library promises for rows from 1e-3 nats, and
 /// the absolute bound below; at most 0 when every row keeps it.
 double row_excess(const at::Tensor& value, const at::Tensor& exact);
 

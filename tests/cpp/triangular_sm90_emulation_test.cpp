@@ -104,7 +104,8 @@ template <typename T>
 cudaError_t launch_of(const cuda::TriangularBackwardParams& p, int multiprocessors) {
   if (p.traversal == cuda::Traversal::kRows) {
     if (p.student.dim <= 64) return cuda::sm90::launch_rows_backward<T, 64>(p, multiprocessors, nullptr);
-    return cuda::sm90::launch_rows_backward<T, 128>(p, multiprocessors, nullptr);
+    if (p.student.dim <= 128) return cuda::sm90::launch_rows_backward<T, 128>(p, multiprocessors, nullptr);
+    return cuda::sm90::launch_rows_backward<T, 256>(p, multiprocessors, nullptr);
   }
   if (p.student.dim <= 64) return cuda::sm90::launch_backward<T, 64>(p, multiprocessors, nullptr);
   return cuda::sm90::launch_backward<T, 128>(p, multiprocessors, nullptr);
@@ -170,7 +171,7 @@ TEST_P(TriangularSm90, Forward) {
 /// probabilities to float does.
 TEST_P(TriangularSm90, Backward) {
   const Relation& r = GetParam();
-  if (r.dim > cuda::sm90::kLargestBackwardDim) GTEST_SKIP() << "no kernel of this dimension";
+  if (!r.rows && r.dim > cuda::sm90::kLargestBackwardDim) GTEST_SKIP() << "no kernel of this dimension";
   const Problem p = problem_of(r);
   const at::Tensor pairs = visible_pairs(r);
   const at::Tensor teacher = at::log2((at::exp2(p.t) * pairs).sum(2));
@@ -185,12 +186,19 @@ TEST_P(TriangularSm90, Backward) {
           .to(at::kFloat)
           .contiguous();
   const at::Tensor wide = at::zeros({r.batch * r.heads}, at::kInt);
-  // Row by row it is written, not added to.
-  const at::Tensor gradient = at::full({r.batch * r.heads, r.tokens, r.dim}, r.rows ? std::nan("") : 0., at::kFloat);
+  at::Tensor gradient = at::zeros({r.batch * r.heads, r.tokens, r.dim}, at::kFloat);
+  const at::Tensor result = at::full(gradient.sizes(), NAN, r.type);
+  const at::Tensor marks = testing::clear_marks(r.batch * r.heads, r.tokens);
   auto params = params_of<cuda::TriangularBackwardParams>(r, p, wide);
   params.token_values = reinterpret_cast<const BackwardToken*>(values.const_data_ptr<float>());
   params.gradient = gradient.mutable_data_ptr<float>();
+  params.result = result.mutable_data_ptr();
+  params.output_scale = 1;
+  params.redo = marks.mutable_data_ptr<int>();
   ASSERT_EQ(launch(r, params), cudaSuccess);
+  // Row by row the result is written, in its own type.
+  if (r.rows) gradient = result;
+  EXPECT_EQ(marks.sum().item<int64_t>(), 0);
 
   // G_ij = upstream_i (Q_ij - P_ij), straight from its definition.
   const at::Tensor q = at::exp2(p.t + p.x - student.unsqueeze(2));
@@ -201,7 +209,8 @@ TEST_P(TriangularSm90, Backward) {
   const at::Tensor p_of_row = upstream.abs().unsqueeze(2) * at::exp2(p.t - teacher.unsqueeze(2)) * pairs;
   const double own = (p.t.diagonal(0, 1, 2).mean() * std::log(2.0)).item<double>();
   const double of_probabilities = (p_of_row + p_of_row.mT()).matmul(flat(p.student)).norm().item<double>();
-  const double promise = 2 * (rounded - exact).norm().item<double>() + 5e-7 * (1 + own) * of_probabilities;
+  const double of_result = r.rows ? (exact.to(r.type).to(at::kDouble) - exact).norm().item<double>() : 0;
+  const double promise = 2 * (rounded - exact).norm().item<double>() + 5e-7 * (1 + own) * of_probabilities + of_result;
   EXPECT_LT((gradient.to(at::kDouble) - exact).norm().item<double>(), promise);
   EXPECT_FALSE(gradient.isnan().any().item<bool>());
 }
@@ -232,14 +241,15 @@ INSTANTIATE_TEST_SUITE_P(
         Relation{.heads = 1, .tokens = 200, .dim = 192, .type = kHalf, .causal = true, .rows = true, .schedule = 12}),
     [](const auto& info) { return "Case" + std::to_string(info.index); });
 
-TEST(TriangularSm90Heads, WideHeadsAreLeftAlone) {
-  const Relation r{.heads = 2, .tokens = 100};
+void expect_wide_heads_left_alone(const Relation& r) {
   const Problem p = problem_of(r);
   const at::Tensor wide = at::tensor({0, 1}, at::kInt);
   const at::Tensor values = at::ones({r.heads, r.tokens, 4}, at::kFloat);
   const at::Tensor sums = at::zeros({r.heads, cuda::kSums, r.tokens}, at::kFloat);
   auto forward = params_of<cuda::TriangularForwardParams>(r, p, wide);
   forward.token_values = reinterpret_cast<const ForwardToken*>(values.const_data_ptr<float>());
+  const at::Tensor centers = at::zeros({r.heads}, at::kFloat);
+  forward.centers = centers.const_data_ptr<float>();
   forward.sums = sums.mutable_data_ptr<float>();
   const at::Tensor own_logits = at::empty({r.heads, r.tokens, 2}, at::kFloat);
   forward.own = reinterpret_cast<cuda::OwnLogit*>(own_logits.mutable_data_ptr<float>());
@@ -251,9 +261,20 @@ TEST(TriangularSm90Heads, WideHeadsAreLeftAlone) {
   auto backward = params_of<cuda::TriangularBackwardParams>(r, p, wide);
   backward.token_values = reinterpret_cast<const BackwardToken*>(values.const_data_ptr<float>());
   backward.gradient = gradient.mutable_data_ptr<float>();
+  const at::Tensor result = at::zeros({r.heads, r.tokens, r.dim}, r.type);
+  const at::Tensor marks = testing::clear_marks(r.heads, r.tokens);
+  backward.result = result.mutable_data_ptr();
+  backward.output_scale = 1;
+  backward.redo = marks.mutable_data_ptr<int>();
   ASSERT_EQ(launch(r, backward), cudaSuccess);
-  EXPECT_NE(gradient[0].abs().sum().item<float>(), 0);
-  EXPECT_EQ(gradient[1].abs().sum().item<float>(), 0);
+  const at::Tensor& written = r.rows ? result : gradient;
+  EXPECT_NE(written[0].abs().sum().item<float>(), 0);
+  EXPECT_EQ(written[1].abs().sum().item<float>(), 0);
+}
+
+TEST(TriangularSm90Heads, WideHeadsAreLeftAlone) { expect_wide_heads_left_alone({.heads = 2, .tokens = 100}); }
+TEST(TriangularSm90Heads, WideHeadsAreLeftAloneByRows) {
+  expect_wide_heads_left_alone({.heads = 2, .tokens = 100, .rows = true});
 }
 
 }  // namespace

@@ -134,6 +134,16 @@ def test_packed_sequences(device, dtype, causal):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_diagonals_of_packed_sequences(device, dtype):
+    """The first sequence has more keys than queries, the second far fewer: its diagonal says nothing of the first."""
+    check_kernels(
+        problem(1, 2, 2, 150, 12, 32, device, dtype),
+        cu_seqlens=torch.tensor([0, 3, 150], device=device),
+        cu_seqlens_key=torch.tensor([0, 8, 12], device=device),
+    )
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize(
     "given", [(), ("row_weight",), ("query_padding_mask",), ("row_weight", "query_padding_mask"), ("num_items",)]
