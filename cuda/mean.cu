@@ -2,6 +2,7 @@
 
 #include "common/launch.cuh"
 #include "launch.h"
+#include "means.h"
 
 namespace linearard::cuda {
 namespace {
@@ -25,11 +26,21 @@ __device__ double sum_of_block(double x, double* scratch) {
 
 __device__ double cut(double x, double limit) { return x > limit ? limit : (x < -limit ? -limit : x); }  // NaN stays
 
-/// Sums of the blocks' shares, or, by a grid of one block, the mean of `count` numbers whose sums these are.
-template <typename Real>
-__global__ void __launch_bounds__(kThreads)
-    sum_kernel(const __grid_constant__ MeanParams p, const Real* values, int64_t terms) {
+constexpr double kLargestDouble = 1.7976931348623157e308;
+constexpr double kLargestFloat = 3.4028234663852886e38;
+
+/// Sums of the blocks' shares of a list, the grid's second dimension; or, by one block for each list, its mean.
+/// @tparam kOfPartials whether the sums of `blocks` shares are added up, instead of the numbers themselves
+template <typename Real, bool kOfPartials>
+__global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ MeansParams p, int blocks) {
   __shared__ double scratch[kThreads / 32];
+  const int list = static_cast<int>(blockIdx.y);
+  const Real* values = static_cast<const Real*>(p.values[list]);
+  int64_t terms = p.counts[list];
+  if constexpr (kOfPartials) {
+    values = p.partial + static_cast<int64_t>(list) * kMeanPartials;
+    terms = blocks;
+  }
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   double sum = 0;
 #pragma unroll kAtOnce
@@ -37,32 +48,46 @@ __global__ void __launch_bounds__(kThreads)
     sum += static_cast<double>(values[i]);
   sum = sum_of_block(sum, scratch);
   if (threadIdx.x != 0) return;
+  const double count = static_cast<double>(p.counts[list]);
   if (gridDim.x > 1) {
-    p.partial[blockIdx.x] = sum;
+    p.partial[static_cast<int64_t>(list) * kMeanPartials + blockIdx.x] = sum;
   } else if (p.type == Scalar::kDouble) {
-    *static_cast<double*>(p.mean) = cut(sum / static_cast<double>(p.count), 1.7976931348623157e308);
+    static_cast<double*>(p.means)[list] = cut(sum / count, kLargestDouble);
+    if (p.inverse_counts != nullptr) static_cast<double*>(p.inverse_counts)[list] = 1 / count;
   } else {
-    *static_cast<float*>(p.mean) = static_cast<float>(cut(sum / static_cast<double>(p.count), 3.4028234663852886e38));
+    static_cast<float*>(p.means)[list] = static_cast<float>(cut(sum / count, kLargestFloat));
+    if (p.inverse_counts != nullptr) static_cast<float*>(p.inverse_counts)[list] = static_cast<float>(1 / count);
   }
 }
 
 template <typename Real>
-cudaError_t launch_mean(const MeanParams& p, cudaStream_t stream) {
-  const auto* values = static_cast<const Real*>(p.values);
-  if (p.count <= kAlone) return launch_kernel(sum_kernel<Real>, dim3(1), kThreads, 0, stream, p, values, p.count);
+cudaError_t launch_means(const MeansParams& p, cudaStream_t stream) {
+  const auto lists = static_cast<unsigned>(p.lists);
+  const int64_t longest = *std::max_element(p.counts, p.counts + p.lists);
+  if (longest <= kAlone) return launch_kernel(sum_kernel<Real, false>, dim3(1, lists), kThreads, 0, stream, p, 1);
   const int blocks =
-      static_cast<int>(std::min<int64_t>(kMeanPartials, (p.count + kThreads * kAtOnce - 1) / (kThreads * kAtOnce)));
-  const cudaError_t error =
-      launch_kernel(sum_kernel<Real>, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream, p, values, p.count);
+      static_cast<int>(std::min<int64_t>(kMeanPartials, (longest + kThreads * kAtOnce - 1) / (kThreads * kAtOnce)));
+  const cudaError_t error = launch_kernel(sum_kernel<Real, false>, dim3(static_cast<unsigned>(blocks), lists), kThreads,
+                                          0, stream, p, blocks);
   if (error != cudaSuccess) return error;
-  const double* partial = p.partial;
-  return launch_kernel(sum_kernel<double>, dim3(1), kThreads, 0, stream, p, partial, int64_t{blocks});
+  return launch_kernel(sum_kernel<double, true>, dim3(1, lists), kThreads, 0, stream, p, blocks);
 }
 
 }  // namespace
 
+cudaError_t means(const MeansParams& params, cudaStream_t stream) {
+  return params.type == Scalar::kDouble ? launch_means<double>(params, stream) : launch_means<float>(params, stream);
+}
+
 cudaError_t mean(const MeanParams& params, cudaStream_t stream) {
-  return params.type == Scalar::kDouble ? launch_mean<double>(params, stream) : launch_mean<float>(params, stream);
+  MeansParams list{};
+  list.lists = 1;
+  list.type = params.type;
+  list.values[0] = params.values;
+  list.counts[0] = params.count;
+  list.partial = params.partial;
+  list.means = params.mean;
+  return means(list, stream);
 }
 
 }  // namespace linearard::cuda

@@ -85,6 +85,57 @@ class RelationKL : public Function<RelationKL> {
   }
 };
 
+/// A student takes part in the backward where its rows have a gradient and it is asked for one.
+class LayerRelationKL : public Function<LayerRelationKL> {
+ public:
+  static variable_list forward(AutogradContext* context,
+                               at::TensorList students,
+                               at::TensorList teachers,
+                               const RelationOptions& options) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [kl, lse_student, lse_teacher] = call_layer_relation_kl_forward(students, teachers, options);
+    variable_list saved = students.vec();
+    saved.insert(saved.end(), teachers.begin(), teachers.end());
+    saved.insert(saved.end(), lse_student.begin(), lse_student.end());
+    saved.insert(saved.end(), lse_teacher.begin(), lse_teacher.end());
+    saved.push_back(or_undefined(options.key_padding_mask()));
+    saved.push_back(or_undefined(options.cu_seqlens()));
+    context->save_for_backward(std::move(saved));
+    save_options(*context, options);
+    context->set_materialize_grads(false);
+    variable_list results = std::move(kl);
+    variable_list statistics = std::move(lse_student);
+    statistics.insert(statistics.end(), lse_teacher.begin(), lse_teacher.end());
+    context->mark_non_differentiable(statistics);
+    results.insert(results.end(), statistics.begin(), statistics.end());
+    return results;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const variable_list saved = context->get_saved_variables();
+    const size_t count = gradients.size() / 3;
+    const auto options = saved_options<RelationOptions>(*context)
+                             .key_padding_mask(or_nothing(saved[4 * count]))
+                             .cu_seqlens(or_nothing(saved[4 * count + 1]));
+    std::vector<size_t> places;
+    for (size_t i = 0; i < count; ++i)
+      if (gradients[i].defined() && context->needs_input_grad(i)) places.push_back(i);
+    variable_list results(2 * count + 1);
+    if (places.empty()) return results;
+    const auto taken = [&](const variable_list& from, size_t first) {
+      variable_list some;
+      for (const size_t i : places)
+        some.push_back(from[first + i]);
+      return some;
+    };
+    variable_list computed = call_layer_relation_kl_backward(taken(gradients, 0), taken(saved, 0), taken(saved, count),
+                                                             taken(saved, 2 * count), taken(saved, 3 * count), options);
+    for (size_t i = 0; i < places.size(); ++i)
+      results[places[i]] = std::move(computed[i]);
+    return results;
+  }
+};
+
 /// The gradient of a mean is one number, which each row refers to: no tensor of rows is made of it.
 class MeanOfRows : public Function<MeanOfRows> {
  public:
@@ -99,6 +150,35 @@ class MeanOfRows : public Function<MeanOfRows> {
     const auto& data = context->saved_data;
     const at::Tensor one = gradients[0].div(at::Scalar(data.at("count").toSymInt()));
     return {one.expand_symint(data.at("sizes").toSymIntVector())};
+  }
+};
+
+/// The same for each tensor of a list.
+class MeansOfRows : public Function<MeansOfRows> {
+ public:
+  static variable_list forward(AutogradContext* context, at::TensorList kl) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [mean, inverse_count] = call_means_of_rows(kl);
+    std::vector<c10::SymInt> sizes;
+    for (const Variable& rows : kl)
+      for (const c10::SymInt& size : rows.sym_sizes())
+        sizes.push_back(size);
+    context->saved_data["sizes"] = sizes;
+    context->save_for_backward({inverse_count});
+    context->mark_non_differentiable({inverse_count});
+    return {mean, inverse_count};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const at::Tensor ones = gradients[0].mul(context->get_saved_variables()[0]);
+    const std::vector<c10::SymInt> sizes = context->saved_data.at("sizes").toSymIntVector();
+    constexpr size_t kDimensions = 3;
+    variable_list results;
+    for (size_t i = 0; i < sizes.size() / kDimensions; ++i) {
+      const c10::SymIntArrayRef size(sizes.data() + i * kDimensions, kDimensions);
+      results.push_back(ones.select(0, static_cast<int64_t>(i)).expand_symint(size));
+    }
+    return results;
   }
 };
 
@@ -177,6 +257,61 @@ at::Tensor relation_kl_backward_autograd(const at::Tensor& grad_kl,
   return OnceDifferentiable::apply(std::string(kName), variable_list{gradient}, grad_kl, student)[0];
 }
 
+ThreeTensorVectors layer_relation_kl_forward_autograd(at::TensorList students,
+                                                      at::TensorList teachers,
+                                                      const OptionalTensor& key_padding_mask,
+                                                      const OptionalTensor& cu_seqlens,
+                                                      std::optional<double> scale_student,
+                                                      std::optional<double> scale_teacher,
+                                                      bool causal,
+                                                      std::string_view divergence,
+                                                      double beta,
+                                                      std::optional<bool> deterministic) {
+  constexpr const char* kName = "layer_relation_kl_forward";
+  check_frozen(kName, "teachers", teachers);
+  const variable_list results =
+      LayerRelationKL::apply(students, teachers,
+                             relation_options(kName, key_padding_mask, cu_seqlens, scale_student, scale_teacher, causal,
+                                              divergence, beta, deterministic));
+  const auto count = static_cast<ptrdiff_t>(results.size() / 3);
+  const auto begin = results.begin();
+  return {{begin, begin + count}, {begin + count, begin + 2 * count}, {begin + 2 * count, results.end()}};
+}
+
+TensorVector layer_relation_kl_backward_autograd(at::TensorList grad_kl,
+                                                 at::TensorList students,
+                                                 at::TensorList teachers,
+                                                 at::TensorList lse_student,
+                                                 at::TensorList lse_teacher,
+                                                 const OptionalTensor& key_padding_mask,
+                                                 const OptionalTensor& cu_seqlens,
+                                                 std::optional<double> scale_student,
+                                                 std::optional<double> scale_teacher,
+                                                 bool causal,
+                                                 std::string_view divergence,
+                                                 double beta,
+                                                 std::optional<bool> deterministic) {
+  constexpr const char* kName = "layer_relation_kl_backward";
+  TensorVector gradients;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    gradients =
+        call_layer_relation_kl_backward(grad_kl, students, teachers, lse_student, lse_teacher,
+                                        relation_options(kName, key_padding_mask, cu_seqlens, scale_student,
+                                                         scale_teacher, causal, divergence, beta, deterministic));
+  }
+  // A gradient of its own for each pair: which of them depend on what is then as it is of single relations.
+  for (size_t i = 0; i < gradients.size(); ++i)
+    gradients[i] =
+        OnceDifferentiable::apply(std::string(kName), variable_list{gradients[i]}, grad_kl[i], students[i])[0];
+  return gradients;
+}
+
+TwoTensors means_of_rows_autograd(at::TensorList kl) {
+  const variable_list results = MeansOfRows::apply(kl);
+  return {results[0], results[1]};
+}
+
 at::Tensor relation_lse_autograd(const at::Tensor& x,
                                  const OptionalTensor& key_padding_mask,
                                  const OptionalTensor& cu_seqlens,
@@ -253,6 +388,9 @@ TwoTensors attention_kl_backward_autograd(const at::Tensor& grad_kl,
 TORCH_LIBRARY_IMPL(linearard, Autograd, m) {
   m.impl("relation_kl_forward", &linearard::relation_kl_forward_autograd);
   m.impl("relation_kl_backward", &linearard::relation_kl_backward_autograd);
+  m.impl("layer_relation_kl_forward", &linearard::layer_relation_kl_forward_autograd);
+  m.impl("layer_relation_kl_backward", &linearard::layer_relation_kl_backward_autograd);
+  m.impl("means_of_rows", &linearard::means_of_rows_autograd);
   m.impl("relation_lse", &linearard::relation_lse_autograd);
   m.impl("mean_of_rows", &linearard::mean_of_rows_autograd);
   m.impl("attention_kl_forward", &linearard::attention_kl_forward_autograd);

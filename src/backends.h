@@ -1,10 +1,13 @@
 #pragma once
 
+#include <utility>
+#include <vector>
+
 #include "checks.h"
 #include "operators.h"
 
 // The kernels' entries for the dispatcher: checks, then the backend. A backend is a struct of static functions that
-// take checked arguments.
+// take checked arguments; one without functions for several relations computes them one by one.
 
 namespace linearard {
 
@@ -54,6 +57,68 @@ struct Kernels {
     check_row_tensor(kName, "lse_teacher", lse_teacher, student);
     check_values(kName, "cu_seqlens", cu_seqlens, student);
     return Backend::relation_backward(grad_kl, lse_student, lse_teacher, arguments);
+  }
+
+  static ThreeTensorVectors layer_relation_kl_forward(at::TensorList students,
+                                                      at::TensorList teachers,
+                                                      const OptionalTensor& key_padding_mask,
+                                                      const OptionalTensor& cu_seqlens,
+                                                      std::optional<double> scale_student,
+                                                      std::optional<double> scale_teacher,
+                                                      bool causal,
+                                                      std::string_view divergence,
+                                                      double beta,
+                                                      std::optional<bool> deterministic) {
+    constexpr const char* kName = "layer_relation_kl_forward";
+    const std::vector<RelationArguments> relations =
+        check_relations(kName, students, teachers,
+                        relation_options(kName, key_padding_mask, cu_seqlens, scale_student, scale_teacher, causal,
+                                         divergence, beta, deterministic));
+    check_values("layer_relation_kl", "cu_seqlens", cu_seqlens, students[0]);
+    if constexpr (requires { Backend::layer_forward(relations); }) {
+      return Backend::layer_forward(relations);
+    } else {
+      ThreeTensorVectors results;
+      for (const RelationArguments& arguments : relations) {
+        auto [kl, lse_student, lse_teacher] = Backend::relation_forward(arguments);
+        std::get<0>(results).push_back(std::move(kl));
+        std::get<1>(results).push_back(std::move(lse_student));
+        std::get<2>(results).push_back(std::move(lse_teacher));
+      }
+      return results;
+    }
+  }
+
+  static TensorVector layer_relation_kl_backward(at::TensorList grad_kl,
+                                                 at::TensorList students,
+                                                 at::TensorList teachers,
+                                                 at::TensorList lse_student,
+                                                 at::TensorList lse_teacher,
+                                                 const OptionalTensor& key_padding_mask,
+                                                 const OptionalTensor& cu_seqlens,
+                                                 std::optional<double> scale_student,
+                                                 std::optional<double> scale_teacher,
+                                                 bool causal,
+                                                 std::string_view divergence,
+                                                 double beta,
+                                                 std::optional<bool> deterministic) {
+    constexpr const char* kName = "layer_relation_kl_backward";
+    const std::vector<RelationArguments> relations =
+        check_relations(kName, students, teachers,
+                        relation_options(kName, key_padding_mask, cu_seqlens, scale_student, scale_teacher, causal,
+                                         divergence, beta, deterministic));
+    check_row_tensors(kName, "grad_kl", grad_kl, students);
+    check_row_tensors(kName, "lse_student", lse_student, students);
+    check_row_tensors(kName, "lse_teacher", lse_teacher, students);
+    check_values(kName, "cu_seqlens", cu_seqlens, students[0]);
+    if constexpr (requires { Backend::layer_backward(grad_kl, lse_student, lse_teacher, relations); }) {
+      return Backend::layer_backward(grad_kl, lse_student, lse_teacher, relations);
+    } else {
+      TensorVector gradients;
+      for (size_t i = 0; i < relations.size(); ++i)
+        gradients.push_back(Backend::relation_backward(grad_kl[i], lse_student[i], lse_teacher[i], relations[i]));
+      return gradients;
+    }
   }
 
   static at::Tensor relation_lse(const at::Tensor& x,
@@ -129,6 +194,8 @@ struct Kernels {
   static void register_in(Library& library) {
     library.impl("relation_kl_forward", &Kernels::relation_kl_forward);
     library.impl("relation_kl_backward", &Kernels::relation_kl_backward);
+    library.impl("layer_relation_kl_forward", &Kernels::layer_relation_kl_forward);
+    library.impl("layer_relation_kl_backward", &Kernels::layer_relation_kl_backward);
     library.impl("relation_lse", &Kernels::relation_lse);
     library.impl("attention_kl_forward", &Kernels::attention_kl_forward);
     library.impl("attention_kl_backward", &Kernels::attention_kl_backward);

@@ -1,14 +1,19 @@
 #include "checks.h"
 
 #include <cmath>
+#include <string>
 
 #include <ATen/Context.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/util/StringUtil.h>
 
 namespace linearard {
 namespace {
 
 constexpr int64_t kMaxHeadDimension = 512;
+
+/// A tensor of a list, in errors.
+std::string place_of(const char* list, size_t i) { return c10::str(list, "[", i, "]"); }
 
 void check_dense(const char* op, const char* argument, const at::Tensor& tensor) {
   TORCH_CHECK(tensor.defined(), op, ": ", argument, " must be a tensor, got an undefined one");
@@ -102,13 +107,15 @@ bool resolve_deterministic(const std::optional<bool>& deterministic) {
 RelationArguments check_relation(const char* op,
                                  const at::Tensor& student,
                                  const at::Tensor& teacher,
-                                 const RelationOptions& options) {
-  check_vectors(op, "student", student);
-  check_vectors(op, "teacher", teacher);
-  check_same_device(op, "teacher", teacher, "student", student);
-  check_same_size(op, "teacher", teacher, "student", student, 0, "batch size");
-  check_same_size(op, "teacher", teacher, "student", student, 1, "number of heads");
-  check_same_size(op, "teacher", teacher, "student", student, 2, "sequence length");
+                                 const RelationOptions& options,
+                                 const char* student_name,
+                                 const char* teacher_name) {
+  check_vectors(op, student_name, student);
+  check_vectors(op, teacher_name, teacher);
+  check_same_device(op, teacher_name, teacher, student_name, student);
+  check_same_size(op, teacher_name, teacher, student_name, student, 0, "batch size");
+  check_same_size(op, teacher_name, teacher, student_name, student, 1, "number of heads");
+  check_same_size(op, teacher_name, teacher, student_name, student, 2, "sequence length");
   check_mask(op, "key_padding_mask", options.key_padding_mask(), student);
   check_boundaries(op, "cu_seqlens", options.cu_seqlens(), student);
   check_beta(op, options.beta());
@@ -124,6 +131,30 @@ RelationArguments check_relation(const char* op,
           options.divergence(),
           options.beta(),
           resolve_deterministic(options.deterministic())};
+}
+
+std::vector<RelationArguments> check_relations(const char* op,
+                                               at::TensorList students,
+                                               at::TensorList teachers,
+                                               const RelationOptions& options) {
+  TORCH_CHECK(!students.empty(), op, ": students must hold at least one tensor, got none");
+  TORCH_CHECK(teachers.size() == students.size(), op, ": teachers must hold as many tensors as students (",
+              students.size(), "), got ", teachers.size());
+  TORCH_CHECK(!options.lse_teacher(), op, ": lse_teacher must not be given, it is an option of one relation");
+  std::vector<RelationArguments> relations;
+  relations.reserve(students.size());
+  for (size_t i = 0; i < students.size(); ++i) {
+    const std::string student = place_of("students", i);
+    const std::string teacher = place_of("teachers", i);
+    if (i > 0) {
+      check_vectors(op, student.c_str(), students[i]);
+      check_same_device(op, student.c_str(), students[i], "students[0]", students[0]);
+      check_same_size(op, student.c_str(), students[i], "students[0]", students[0], 0, "batch size");
+      check_same_size(op, student.c_str(), students[i], "students[0]", students[0], 2, "sequence length");
+    }
+    relations.push_back(check_relation(op, students[i], teachers[i], options, student.c_str(), teacher.c_str()));
+  }
+  return relations;
 }
 
 RelationArguments check_lse(const char* op, const at::Tensor& x, const RelationOptions& options) {
@@ -215,6 +246,15 @@ void check_row_tensor(const char* op, const char* argument, const at::Tensor& te
               rows_of.device(), "), got ", tensor.device());
 }
 
+void check_row_tensors(const char* op, const char* argument, at::TensorList tensors, at::TensorList rows_of) {
+  TORCH_CHECK(tensors.size() == rows_of.size(), op, ": ", argument, " must hold as many tensors as students (",
+              rows_of.size(), "), got ", tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const std::string name = place_of(argument, i);
+    check_row_tensor(op, name.c_str(), tensors[i], rows_of[i]);
+  }
+}
+
 void check_reduction(const char* op,
                      const at::Tensor& rows_of,
                      const std::optional<at::Tensor>& row_weight,
@@ -245,6 +285,13 @@ void check_frozen(const char* op, const char* argument, const at::Tensor& tensor
       !(at::GradMode::is_enabled() && tensor.requires_grad()), op, ": ", argument,
       " must not require grad (the teacher is frozen and gets no gradient), got a tensor that does; detach it: ",
       argument, ".detach()");
+}
+
+void check_frozen(const char* op, const char* argument, at::TensorList tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const std::string name = place_of(argument, i);
+    check_frozen(op, name.c_str(), tensors[i]);
+  }
 }
 
 void check_sequence_boundaries(const char* op, const char* argument, const at::Tensor& cu_seqlens, int64_t length) {

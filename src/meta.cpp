@@ -45,7 +45,18 @@ struct MetaBackend {
   }
 };
 
+TwoTensors means_of_rows(at::TensorList kl) {
+  at::ScalarType dtype = at::kFloat;
+  for (const at::Tensor& rows : kl)
+    if (rows.scalar_type() == at::kDouble) dtype = at::kDouble;
+  const auto one_each = [&] { return at::empty({static_cast<int64_t>(kl.size())}, kl[0].options().dtype(dtype)); };
+  return {one_each(), one_each()};
+}
+
 }  // namespace
 }  // namespace linearard
 
-TORCH_LIBRARY_IMPL(linearard, Meta, m) { linearard::Kernels<linearard::MetaBackend>::register_in(m); }
+TORCH_LIBRARY_IMPL(linearard, Meta, m) {
+  linearard::Kernels<linearard::MetaBackend>::register_in(m);
+  m.impl("means_of_rows", &linearard::means_of_rows);
+}

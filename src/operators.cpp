@@ -43,8 +43,33 @@ at::Tensor call_relation_kl_backward(const at::Tensor& grad_kl,
                  o.deterministic());
 }
 
+ThreeTensorVectors call_layer_relation_kl_forward(at::TensorList students,
+                                                  at::TensorList teachers,
+                                                  const RelationOptions& o) {
+  static const auto op = typed_operator<LayerForwardSignature>("linearard::layer_relation_kl_forward");
+  return op.call(students, teachers, o.key_padding_mask(), o.cu_seqlens(), o.scale_student(), o.scale_teacher(),
+                 o.causal(), to_string(o.divergence()), o.beta(), o.deterministic());
+}
+
+TensorVector call_layer_relation_kl_backward(at::TensorList grad_kl,
+                                             at::TensorList students,
+                                             at::TensorList teachers,
+                                             at::TensorList lse_student,
+                                             at::TensorList lse_teacher,
+                                             const RelationOptions& o) {
+  static const auto op = typed_operator<LayerBackwardSignature>("linearard::layer_relation_kl_backward");
+  return op.call(grad_kl, students, teachers, lse_student, lse_teacher, o.key_padding_mask(), o.cu_seqlens(),
+                 o.scale_student(), o.scale_teacher(), o.causal(), to_string(o.divergence()), o.beta(),
+                 o.deterministic());
+}
+
 at::Tensor call_mean_of_rows(const at::Tensor& kl) {
   static const auto op = typed_operator<at::Tensor(const at::Tensor&)>("linearard::mean_of_rows");
+  return op.call(kl);
+}
+
+TwoTensors call_means_of_rows(at::TensorList kl) {
+  static const auto op = typed_operator<TwoTensors(at::TensorList)>("linearard::means_of_rows");
   return op.call(kl);
 }
 

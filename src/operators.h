@@ -3,6 +3,7 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
 #include <ATen/core/Tensor.h>
 
@@ -15,6 +16,9 @@ namespace linearard {
 using OptionalTensor = std::optional<at::Tensor>;
 using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using TwoTensors = std::tuple<at::Tensor, at::Tensor>;
+
+using TensorVector = std::vector<at::Tensor>;
+using ThreeTensorVectors = std::tuple<TensorVector, TensorVector, TensorVector>;
 
 using RelationForwardSignature = ThreeTensors(const at::Tensor& student,
                                               const at::Tensor& teacher,
@@ -41,6 +45,31 @@ using RelationBackwardSignature = at::Tensor(const at::Tensor& grad_kl,
                                              std::string_view divergence,
                                              double beta,
                                              std::optional<bool> deterministic);
+
+using LayerForwardSignature = ThreeTensorVectors(at::TensorList students,
+                                                 at::TensorList teachers,
+                                                 const OptionalTensor& key_padding_mask,
+                                                 const OptionalTensor& cu_seqlens,
+                                                 std::optional<double> scale_student,
+                                                 std::optional<double> scale_teacher,
+                                                 bool causal,
+                                                 std::string_view divergence,
+                                                 double beta,
+                                                 std::optional<bool> deterministic);
+
+using LayerBackwardSignature = TensorVector(at::TensorList grad_kl,
+                                            at::TensorList students,
+                                            at::TensorList teachers,
+                                            at::TensorList lse_student,
+                                            at::TensorList lse_teacher,
+                                            const OptionalTensor& key_padding_mask,
+                                            const OptionalTensor& cu_seqlens,
+                                            std::optional<double> scale_student,
+                                            std::optional<double> scale_teacher,
+                                            bool causal,
+                                            std::string_view divergence,
+                                            double beta,
+                                            std::optional<bool> deterministic);
 
 using RelationLseSignature = at::Tensor(const at::Tensor& x,
                                         const OptionalTensor& key_padding_mask,
@@ -92,7 +121,17 @@ at::Tensor call_relation_kl_backward(const at::Tensor& grad_kl,
                                      const at::Tensor& lse_student,
                                      const at::Tensor& lse_teacher,
                                      const RelationOptions& options);
+ThreeTensorVectors call_layer_relation_kl_forward(at::TensorList students,
+                                                  at::TensorList teachers,
+                                                  const RelationOptions& options);
+TensorVector call_layer_relation_kl_backward(at::TensorList grad_kl,
+                                             at::TensorList students,
+                                             at::TensorList teachers,
+                                             at::TensorList lse_student,
+                                             at::TensorList lse_teacher,
+                                             const RelationOptions& options);
 at::Tensor call_mean_of_rows(const at::Tensor& kl);
+TwoTensors call_means_of_rows(at::TensorList kl);
 at::Tensor call_relation_lse(const at::Tensor& x, const RelationOptions& options);
 ThreeTensors call_attention_kl_forward(const at::Tensor& query_student,
                                        const at::Tensor& key_student,

@@ -1,6 +1,11 @@
 #include "reduction.h"
 
+#include <algorithm>
+#include <vector>
+
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
 #include "operators.h"
@@ -8,17 +13,25 @@
 
 namespace linearard {
 
+namespace {
+
+/// row_weight, 0 for padding whatever stands there; nothing where all rows count alike.
+std::optional<at::Tensor> weights_of(const std::optional<at::Tensor>& row_mask,
+                                     const std::optional<at::Tensor>& row_weight,
+                                     at::ScalarType dtype) {
+  if (!row_weight) return std::nullopt;
+  const at::Tensor weight = row_weight->to(dtype);
+  return row_mask ? weight.masked_fill(row_mask->logical_not(), 0) : weight;
+}
+
+}  // namespace
+
 at::Tensor reduce_rows(const at::Tensor& kl,
                        const std::optional<at::Tensor>& row_mask,
                        const std::optional<at::Tensor>& row_weight,
                        Reduction reduction,
                        const std::optional<at::Tensor>& num_items) {
-  std::optional<at::Tensor> weight;
-  if (row_weight) {
-    weight = row_weight->to(kl.scalar_type());
-    // Padding has no weight, whatever stands there.
-    if (row_mask) weight = weight->masked_fill(row_mask->logical_not(), 0);
-  }
+  const std::optional<at::Tensor> weight = weights_of(row_mask, row_weight, kl.scalar_type());
   at::Tensor weighted = weight ? kl * weight->unsqueeze(1) : kl;
   if (reduction == Reduction::kNone) return weighted;
   // In float64: rows saturate at the largest float32, their sum in float32 would not.
@@ -34,12 +47,49 @@ at::Tensor reduce_rows(const at::Tensor& kl,
   return result((sum / divisor.masked_fill(empty, 1)).masked_fill(empty, 0));
 }
 
+at::Tensor reduce_relations(at::TensorList kl,
+                            const std::optional<at::Tensor>& row_mask,
+                            const std::optional<at::Tensor>& row_weight,
+                            Reduction reduction,
+                            const std::optional<at::Tensor>& num_items) {
+  const bool any_empty =
+      std::any_of(kl.begin(), kl.end(), [](const at::Tensor& rows) { return rows.sym_numel() == 0; });
+  const bool plain = reduction == Reduction::kMean && !num_items && !row_weight && !row_mask;
+  if (plain && !any_empty) return std::get<0>(call_means_of_rows(kl));
+  // All divide by the same number of tokens: it is counted once.
+  std::optional<at::Tensor> count = num_items;
+  if (reduction == Reduction::kMean && !count && (row_weight || row_mask)) {
+    const bool wide = std::any_of(kl.begin(), kl.end(), [](const auto& x) { return x.scalar_type() == at::kDouble; });
+    const auto weight = weights_of(row_mask, row_weight, wide ? at::kDouble : at::kFloat);
+    count = weight ? weight->sum() : row_mask->sum();
+  }
+  std::vector<at::Tensor> losses;
+  losses.reserve(kl.size());
+  for (const at::Tensor& rows : kl)
+    losses.push_back(reduce_rows(rows, row_mask, row_weight, reduction, count));
+  return at::stack(losses);
+}
+
 namespace {
 
 /// For any device; CUDA has a kernel.
 at::Tensor mean_of_rows(const at::Tensor& kl) { return saturating_cast(kl.mean(at::kDouble), kl.scalar_type()); }
 
+TwoTensors means_of_rows(at::TensorList kl) {
+  std::vector<at::Tensor> means;
+  std::vector<double> inverse_counts;
+  for (const at::Tensor& rows : kl) {
+    means.push_back(mean_of_rows(rows));
+    inverse_counts.push_back(1 / static_cast<double>(rows.numel()));
+  }
+  const at::Tensor mean = at::stack(means);
+  return {mean, at::tensor(inverse_counts, mean.options())};
+}
+
 }  // namespace
 }  // namespace linearard
 
-TORCH_LIBRARY_IMPL(linearard, CompositeExplicitAutograd, m) { m.impl("mean_of_rows", &linearard::mean_of_rows); }
+TORCH_LIBRARY_IMPL(linearard, CompositeExplicitAutograd, m) {
+  m.impl("mean_of_rows", &linearard::mean_of_rows);
+  m.impl("means_of_rows", &linearard::means_of_rows);
+}

@@ -16,4 +16,12 @@ at::Tensor reduce_rows(const at::Tensor& kl,
                        Reduction reduction,
                        const std::optional<at::Tensor>& num_items);
 
+/// The same of several relations that share B, N and what they are weighted with, [R]: float64 if any is.
+/// @param reduction a sum or a mean
+at::Tensor reduce_relations(at::TensorList kl,
+                            const std::optional<at::Tensor>& row_mask,
+                            const std::optional<at::Tensor>& row_weight,
+                            Reduction reduction,
+                            const std::optional<at::Tensor>& num_items);
+
 }  // namespace linearard

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "../mma/instructions.cuh"
-#include "../triangular/params.h"
+#include "../triangular/group.cuh"
 #include "descriptors.cuh"
 #include "instructions.cuh"
 #include "pairs.cuh"
@@ -16,9 +16,9 @@
 namespace linearard::cuda::sm90 {
 
 struct BackwardArguments {
-  CUtensorMap student;
-  CUtensorMap teacher;
-  CUtensorMap token_values;
+  CUtensorMap student[kLargestGroup];  ///< of the relations
+  CUtensorMap teacher[kLargestGroup];
+  CUtensorMap token_values;  ///< of all problems
   CUtensorMap gradient;
   TriangularBackwardParams params;
   Schedule schedule;
@@ -150,39 +150,49 @@ class Backward {
   // --- the producer: one thread
   // ---------------------------------------------------------------------------------------
 
-  __device__ void load(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int chunk, int token) const {
-    tma_load_4d(shared, &map, barrier, chunk * kChunkDims, token, plan().head % p_.heads, plan().head / p_.heads);
+  /// Vectors of the block's head.
+  struct Source {
+    const CUtensorMap* map;
+    int batch;
+    int head;
+  };
+
+  __device__ static void load(uint32_t shared, const Source& from, uint32_t barrier, int chunk, int token) {
+    tma_load_4d(shared, from.map, barrier, chunk * kChunkDims, token, from.head, from.batch);
   }
 
   __device__ void produce() const {
-    prefetch_tensor_map(&arguments_.student);
-    prefetch_tensor_map(&arguments_.teacher);
+    const triangular::Place place = triangular::place_of(p_.group, plan().head);
+    const Source student{&arguments_.student[place.relation], place.batch, place.head};
+    const Source teacher{&arguments_.teacher[place.relation], place.batch, place.head};
+    prefetch_tensor_map(student.map);
+    prefetch_tensor_map(teacher.map);
     prefetch_tensor_map(&arguments_.token_values);
     prefetch_tensor_map(&arguments_.gradient);
     mbarrier_arrive_expect(owners_loaded(), 2 * kChunks * kOwnerChunk);
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       for (int token = 0; token < kOwners; token += kTileTokens) {
         const uint32_t to = shared_ + chunk * kOwnerChunk + token * kLineBytes;
-        const int teacher = chunk == 0 ? kOut : kTeacherRest - kOwnerChunk;
-        load(to + teacher, arguments_.teacher, owners_loaded(), chunk, plan().first + token);
-        load(to, arguments_.student, owners_loaded(), chunk, plan().first + token);
+        const int teacher_at = chunk == 0 ? kOut : kTeacherRest - kOwnerChunk;
+        load(to + teacher_at, teacher, owners_loaded(), chunk, plan().first + token);
+        load(to, student, owners_loaded(), chunk, plan().first + token);
       }
     }
     Position position;
     for (int i = 0; i < plan().tiles; ++i) {
-      load_tile((plan().last_tile - i) * kTileTokens, position);
+      load_tile(student, teacher, (plan().last_tile - i) * kTileTokens, position);
       position.advance();
     }
   }
 
-  __device__ void load_tile(int token, const Position& position) const {
+  __device__ void load_tile(const Source& student, const Source& teacher, int token, const Position& position) const {
     const uint32_t stage = stage_at(position.stage);
     const uint32_t barrier = full(position.stage);
     mbarrier_wait(empty(position.stage), position.parity ^ 1);
     mbarrier_arrive_expect(barrier, kStageBytes);
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      load(stage + chunk * kOtherChunk, arguments_.student, barrier, chunk, token);
-      load(stage + kStageTeacher + chunk * kOtherChunk, arguments_.teacher, barrier, chunk, token);
+      load(stage + chunk * kOtherChunk, student, barrier, chunk, token);
+      load(stage + kStageTeacher + chunk * kOtherChunk, teacher, barrier, chunk, token);
     }
     tma_load_4d(stage + kStageValues, &arguments_.token_values, barrier, 0, token, plan().head, 0);
   }

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../triangular/params.h"
+#include "../triangular/group.cuh"
 #include "descriptors.cuh"
 #include "instructions.cuh"
 #include "pairs.cuh"
@@ -14,8 +14,8 @@
 namespace linearard::cuda::sm90 {
 
 struct ForwardArguments {
-  CUtensorMap student;
-  CUtensorMap teacher;
+  CUtensorMap student[kLargestGroup];  ///< of the relations
+  CUtensorMap teacher[kLargestGroup];
   TriangularForwardParams params;
   Schedule schedule;
 };
@@ -116,37 +116,47 @@ class Forward {
   // --- the producer: one thread
   // ---------------------------------------------------------------------------------------
 
-  __device__ void load(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int chunk, int token) const {
-    tma_load_4d(shared, &map, barrier, chunk * kChunkDims, token, head_ % p_.heads, head_ / p_.heads);
+  /// Vectors of the block's head.
+  struct Source {
+    const CUtensorMap* map;
+    int batch;
+    int head;
+  };
+
+  __device__ static void load(uint32_t shared, const Source& from, uint32_t barrier, int chunk, int token) {
+    tma_load_4d(shared, from.map, barrier, chunk * kChunkDims, token, from.head, from.batch);
   }
 
-  __device__ void load_owners(uint32_t shared, const CUtensorMap& map) const {
+  __device__ void load_owners(uint32_t shared, const Source& from) const {
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       for (int token = 0; token < kOwners; token += kTileTokens) {
-        load(shared + chunk * kOwnerChunk + token * kLineBytes, map, owners_loaded(), chunk, first_ + token);
+        load(shared + chunk * kOwnerChunk + token * kLineBytes, from, owners_loaded(), chunk, first_ + token);
       }
     }
   }
 
-  __device__ void load_visitors(const CUtensorMap& map, Position& position, int tile) const {
+  __device__ void load_visitors(const Source& from, Position& position, int tile) const {
     const int s = position.stage;
     mbarrier_wait(empty(s), position.parity ^ 1);
     mbarrier_arrive_expect(full(s), kStageBytes);
     for (int chunk = 0; chunk < kChunks; ++chunk)
-      load(stage_at(s) + chunk * kVisitorChunk, map, full(s), chunk, tile * kTileTokens);
+      load(stage_at(s) + chunk * kVisitorChunk, from, full(s), chunk, tile * kTileTokens);
     position.advance();
   }
 
   __device__ void produce() const {
-    prefetch_tensor_map(&arguments_.student);
-    prefetch_tensor_map(&arguments_.teacher);
+    const triangular::Place place = triangular::place_of(p_.group, head_);
+    const Source student{&arguments_.student[place.relation], place.batch, place.head};
+    const Source teacher{&arguments_.teacher[place.relation], place.batch, place.head};
+    prefetch_tensor_map(student.map);
+    prefetch_tensor_map(teacher.map);
     mbarrier_arrive_expect(owners_loaded(), 2 * kOwnerTeacher);
-    load_owners(shared_ + kOwnerTeacher, arguments_.teacher);
-    load_owners(shared_, arguments_.student);
+    load_owners(shared_ + kOwnerTeacher, teacher);
+    load_owners(shared_, student);
     Position position;
     for (int tile = begin_; tile < end_; ++tile) {
-      load_visitors(arguments_.teacher, position, tile);
-      load_visitors(arguments_.student, position, tile);
+      load_visitors(teacher, position, tile);
+      load_visitors(student, position, tile);
     }
   }
 

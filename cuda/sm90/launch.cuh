@@ -7,16 +7,23 @@
 
 namespace linearard::cuda::sm90 {
 
+static_assert(sizeof(ForwardArguments) <= 4096 && sizeof(BackwardArguments) <= 4096, "parameters of any driver");
+
 template <typename Arguments, typename Params>
 cudaError_t prepare_arguments(Arguments& arguments, const Params& p, int owners, int multiprocessors) {
   const int token_blocks = (p.tokens + owners - 1) / owners;
   const int longest = (p.tokens + kTileTokens - 1) / kTileTokens;
   const int64_t head_bytes = int64_t{4} * p.tokens * p.student.dim;  // of both sides
   arguments.params = p;
-  arguments.schedule = Schedule::make(p.batch * p.heads, token_blocks, longest, head_bytes, multiprocessors);
-  const cudaError_t error = map_vectors(arguments.student, p.student, p.batch, p.heads, p.tokens);
-  if (error != cudaSuccess) return error;
-  return map_vectors(arguments.teacher, p.teacher, p.batch, p.heads, p.tokens);
+  arguments.schedule = Schedule::make(p.group.problems, token_blocks, longest, head_bytes, multiprocessors);
+  for (int r = 0; r < kLargestGroup && p.group.first[r] < p.group.problems; ++r) {
+    const int heads = p.group.heads[r];
+    cudaError_t error = map_vectors(arguments.student[r], p.vectors.student[r], p.batch, heads, p.tokens);
+    if (error != cudaSuccess) return error;
+    error = map_vectors(arguments.teacher[r], p.vectors.teacher[r], p.batch, heads, p.tokens);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 /// Instantiated in instantiations/, one file for each dtype and dimension.
@@ -34,7 +41,7 @@ cudaError_t launch_backward(const TriangularBackwardParams& params, int multipro
   BackwardArguments arguments;
   cudaError_t error = prepare_arguments(arguments, params, Backward<T, kDim>::kOwners, multiprocessors);
   if (error != cudaSuccess) return error;
-  const int heads = params.batch * params.heads;
+  const int heads = params.group.problems;
   error = map_token_values(arguments.token_values, params.token_values, heads, params.tokens);
   if (error != cudaSuccess) return error;
   error = map_gradient(arguments.gradient, params.gradient, heads, params.tokens, params.student.dim);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "elements.cuh"
+#include "group.cuh"
 #include "loader.cuh"
 #include "order.cuh"
 #include "products.cuh"
@@ -25,6 +26,8 @@ class Backward {
   struct alignas(16) Walk {
     const T* student;
     const T* teacher;
+    int64_t student_stride;  ///< between tokens
+    int64_t teacher_stride;
     const uint8_t* mask;
     float* gradient;
     const BackwardToken* values;
@@ -43,7 +46,7 @@ class Backward {
 
   __device__ static void run(const TriangularBackwardParams& p, char* shared) {
     const int blocks = (p.tokens + kOwners - 1) / kOwners;
-    const auto [problem, index] = BlockOrder::of_block(static_cast<int>(blockIdx.x), blocks, p.batch * p.heads);
+    const auto [problem, index] = BlockOrder::of_block(static_cast<int>(blockIdx.x), blocks, p.group.problems);
     if (p.wide_heads[problem] != 0) return;
     Backward(p, shared).run_block(problem, (p.causal ? blocks - 1 - index : index) * kOwners);
   }
@@ -79,10 +82,11 @@ class Backward {
   __device__ void load(uint32_t student, uint32_t teacher, int first) const {
     using Loader = TileLoader<T, kDim, kRows>;
     const Walk w = *walk();
-    const bool whole = Loader::is_whole(p_.student, first, p_.tokens, w.mask);
+    const int dim = p_.student.dim;
+    const bool whole = Loader::is_whole(dim, first, p_.tokens, w.mask);
     const unsigned thread = anew(static_cast<int>(threadIdx.x));
-    Loader(p_.student, w.student, p_.tokens, w.mask, thread).load(student, first, whole);
-    Loader(p_.teacher, w.teacher, p_.tokens, w.mask, thread).load(teacher, first, whole);
+    Loader(w.student, w.student_stride, dim, p_.tokens, w.mask, thread).load(student, first, whole);
+    Loader(w.teacher, w.teacher_stride, dim, p_.tokens, w.mask, thread).load(teacher, first, whole);
   }
 
   __device__ void load_columns(int tile) const {
@@ -98,12 +102,15 @@ class Backward {
     const bool triangular = p_.traversal == Traversal::kTriangular;
     const int begin = triangular && !p_.causal ? first / kTile : 0;
     if (threadIdx.x == 0) {
-      const int batch = problem / p_.heads;
-      const int head = problem % p_.heads;
+      const Place place = place_of(p_.group, problem);
+      const Vectors& of_student = p_.vectors.student[place.relation];
+      const Vectors& of_teacher = p_.vectors.teacher[place.relation];
       const int64_t before = static_cast<int64_t>(problem) * p_.tokens;
-      *walk() = {head_of<T>(p_.student, batch, head),
-                 head_of<T>(p_.teacher, batch, head),
-                 p_.mask == nullptr ? nullptr : p_.mask + static_cast<int64_t>(batch) * p_.tokens,
+      *walk() = {head_of<T>(of_student, place.batch, place.head),
+                 head_of<T>(of_teacher, place.batch, place.head),
+                 of_student.token_stride,
+                 of_teacher.token_stride,
+                 p_.mask == nullptr ? nullptr : p_.mask + static_cast<int64_t>(place.batch) * p_.tokens,
                  p_.gradient + before * p_.student.dim,
                  p_.token_values + before,
                  first,

@@ -6,6 +6,7 @@
 #include "../common/rounding.cuh"
 #include "../common/visibility.cuh"
 #include "divergence.cuh"
+#include "group.cuh"
 #include "launch.h"
 
 // The steps after the triangular kernels.
@@ -56,11 +57,12 @@ __device__ Row row_of(double mass, double moment, double phi_sum, const OwnLogit
 __global__ void __launch_bounds__(kThreads) finish_forward_kernel(const __grid_constant__ FinishForwardParams p) {
   const int tokens = p.visibility.rows;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (index >= static_cast<int64_t>(p.batch) * p.heads * tokens) return;
+  if (index >= static_cast<int64_t>(p.group.problems) * tokens) return;
   const int problem = static_cast<int>(index / tokens);
   const int token = static_cast<int>(index % tokens);
-  const int keys = is_real(p.visibility.row_mask, tokens, problem / p.heads, token)
-                       ? keys_of_row(p.visibility, problem / p.heads, token).count
+  const Place place = place_of(p.group, problem);
+  const int keys = is_real(p.visibility.row_mask, tokens, place.batch, token)
+                       ? keys_of_row(p.visibility, place.batch, token).count
                        : 0;
   Row row{0, 0, 0, 0};
   bool refine = false;
@@ -78,9 +80,11 @@ __global__ void __launch_bounds__(kThreads) finish_forward_kernel(const __grid_c
     row = own_row(p.own[index]);
   }
   refine = refine || !(fabs(row.lse_student) + fabs(row.lse_teacher) < Base<float>::kHuge);
-  p.kl[index] = static_cast<float>(fmax(row.kl, 0.0));
-  p.lse_student[index] = static_cast<float>(row.lse_student);
-  p.lse_teacher[index] = static_cast<float>(row.lse_teacher);
+  const RowResults& results = p.rows[place.relation];
+  const int64_t at = static_cast<int64_t>(place.problem) * tokens + token;
+  results.kl[at] = static_cast<float>(fmax(row.kl, 0.0));
+  results.lse_student[at] = static_cast<float>(row.lse_student);
+  results.lse_teacher[at] = static_cast<float>(row.lse_teacher);
   int* const list = p.row_lists + static_cast<int64_t>(problem) * tokens;
   if (p.ordered) {
     list[token] = refine ? 1 : 0;
@@ -130,12 +134,14 @@ __global__ void __launch_bounds__(kThreads)
     finish_backward_kernel(const __grid_constant__ FinishBackwardParams p, int blocks) {
   const int64_t problem = static_cast<int>(blockIdx.x) / blocks;
   if (p.wide_heads[problem] != 0) return;
+  const Place place = place_of(p.group, static_cast<int>(problem));
+  const VectorGradient& result = p.relations[place.relation];
   const int chunks_of_vector = p.dim / kChunk;
   const int64_t chunks = static_cast<int64_t>(p.tokens) * chunks_of_vector;
   const int64_t first = static_cast<int64_t>(static_cast<int>(blockIdx.x) % blocks) * kBlockChunks + threadIdx.x;
   const auto* from = reinterpret_cast<const float4*>(p.sums) + 2 * problem * chunks;
-  auto* to = static_cast<uint4*>(p.gradient) + problem * chunks;
-  const float scale = static_cast<float>(p.output_scale) / half_range_scale(p.largest_grad);
+  auto* to = static_cast<uint4*>(result.gradient) + place.problem * chunks;
+  const float scale = static_cast<float>(p.output_scale) / half_range_scale(result.largest_grad);
   float4 sums[kChunksOfThread][2];
 #pragma unroll
   for (int i = 0; i < kChunksOfThread; ++i) {
@@ -157,18 +163,18 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int e = 0; e < kChunk; ++e)
       held = held && fabsf(x[e]) < Base<float>::kHuge;
-    if (!held) mark_redo(p.redo, problem, static_cast<int>(chunk / chunks_of_vector), p.tokens);
+    if (!held) mark_redo(result.redo, place.problem, static_cast<int>(chunk / chunks_of_vector), p.tokens);
   }
 }
 
 }  // namespace
 
 cudaError_t finish_forward(const FinishForwardParams& params, cudaStream_t stream) {
-  const int64_t rows = int64_t{params.batch} * params.heads * params.visibility.rows;
+  const int64_t rows = int64_t{params.group.problems} * params.visibility.rows;
   const cudaError_t error =
       launch_blocks(finish_forward_kernel, params, (rows + kThreads - 1) / kThreads, kThreads, 0, stream);
   if (error != cudaSuccess || !params.ordered) return error;
-  return order_rows({params.batch * params.heads, params.visibility.rows, params.row_counts, params.row_lists}, stream);
+  return order_rows({params.group.problems, params.visibility.rows, params.row_counts, params.row_lists}, stream);
 }
 
 cudaError_t order_rows(const OrderRowsParams& params, cudaStream_t stream) {
@@ -177,7 +183,7 @@ cudaError_t order_rows(const OrderRowsParams& params, cudaStream_t stream) {
 
 cudaError_t finish_backward(const FinishBackwardParams& params, cudaStream_t stream) {
   const int64_t per_head = blocks_of_head(params.tokens, params.dim);
-  const int64_t blocks = per_head * params.batch * params.heads;
+  const int64_t blocks = per_head * params.group.problems;
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
   const auto kernel =

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "elements.cuh"
+#include "group.cuh"
 #include "loader.cuh"
 #include "order.cuh"
 #include "products.cuh"
@@ -27,10 +28,11 @@ class Forward {
 
   __device__ static void run(const TriangularForwardParams& p, char* shared) {
     const int blocks = (p.tokens + kOwners - 1) / kOwners;
-    const auto [problem, index] = BlockOrder::of_block(static_cast<int>(blockIdx.x), blocks, p.batch * p.heads);
+    const auto [problem, index] = BlockOrder::of_block(static_cast<int>(blockIdx.x), blocks, p.group.problems);
     if (p.wide_heads[problem] != 0) return;
     // The first block of rows sees most tiles, or, causal, the last one.
-    Forward(p, shared, problem, (p.causal ? blocks - 1 - index : index) * kOwners).run_block();
+    Forward(p, shared, problem, place_of(p.group, problem), (p.causal ? blocks - 1 - index : index) * kOwners)
+        .run_block();
   }
 
  private:
@@ -38,6 +40,7 @@ class Forward {
   const uint32_t shared_;
   char* const memory_;
   const int problem_;
+  const int relation_;
   const int first_;
   const ElementFactors factors_;
   const T* const student_;  ///< the head's vectors
@@ -48,16 +51,17 @@ class Forward {
   ForwardToken rows_[kSlabs][2];
   Sums sums_[kSlabs][2];
 
-  __device__ Forward(const TriangularForwardParams& p, char* shared, int problem, int first)
+  __device__ Forward(const TriangularForwardParams& p, char* shared, int problem, const Place& place, int first)
       : p_(p),
         shared_(shared_address(shared)),
         memory_(shared),
         problem_(problem),
+        relation_(place.relation),
         first_(first),
         factors_(p.factors),
-        student_(head_of<T>(p.student, problem / p.heads, problem % p.heads)),
-        teacher_(head_of<T>(p.teacher, problem / p.heads, problem % p.heads)),
-        mask_(p.mask == nullptr ? nullptr : p.mask + static_cast<int64_t>(problem / p.heads) * p.tokens),
+        student_(head_of<T>(p.vectors.student[place.relation], place.batch, place.head)),
+        teacher_(head_of<T>(p.vectors.teacher[place.relation], place.batch, place.head)),
+        mask_(p.mask == nullptr ? nullptr : p.mask + static_cast<int64_t>(place.batch) * p.tokens),
         owner_(Both::owner_address(shared_, threadIdx.x)),
         other_(shared_ + S::kOther + Both::other_offset(threadIdx.x)) {}
 
@@ -65,9 +69,12 @@ class Forward {
   template <int kRows>
   __device__ void load(uint32_t student, uint32_t teacher, int first) const {
     using Loader = TileLoader<T, kDim, kRows>;
-    const bool whole = Loader::is_whole(p_.student, first, p_.tokens, mask_);
-    Loader(p_.student, student_, p_.tokens, mask_, threadIdx.x).load(student, first, whole);
-    Loader(p_.teacher, teacher_, p_.tokens, mask_, threadIdx.x).load(teacher, first, whole);
+    const bool whole = Loader::is_whole(p_.student.dim, first, p_.tokens, mask_);
+    const auto load = [&](uint32_t to, const T* head, int64_t token_stride) {
+      Loader(head, token_stride, p_.student.dim, p_.tokens, mask_, threadIdx.x).load(to, first, whole);
+    };
+    load(student, student_, p_.vectors.student[relation_].token_stride);
+    load(teacher, teacher_, p_.vectors.teacher[relation_].token_stride);
   }
   __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
   __device__ static int warp_row() { return warp() * 16 * kSlabs; }

@@ -15,26 +15,27 @@ class TileLoader {
   static constexpr bool kSameSwizzle = !Rows::kSwizzled || kStep % 8 == 0;
 
  public:
-  __device__ TileLoader(const Vectors& vectors, const T* head, int count, const uint8_t* mask, unsigned thread)
-      : vectors_(vectors),
-        head_(head),
+  __device__ TileLoader(const T* head, int64_t token_stride, int dim, int count, const uint8_t* mask, unsigned thread)
+      : head_(head),
+        token_stride_(token_stride),
+        dim_(dim),
         mask_(mask),
         count_(count),
         row_(thread / Rows::kChunks),
         chunk_(thread % Rows::kChunks) {}
 
   /// Whether a tile is there from the first to the last element.
-  __device__ static bool is_whole(const Vectors& vectors, int first, int count, const uint8_t* mask) {
-    return mask == nullptr && first + kRows <= count && vectors.dim == kDim;
+  __device__ static bool is_whole(int dim, int first, int count, const uint8_t* mask) {
+    return mask == nullptr && first + kRows <= count && dim == kDim;
   }
 
   /// @param whole what is_whole said
   __device__ void load(uint32_t shared, int first, bool whole) const {
     if (mma::kThreads % Rows::kChunks != 0 && row_ >= kStep) return;  // threads left over
-    const T* source = head_ + (first + static_cast<int>(row_)) * vectors_.token_stride + chunk_ * 8;
+    const T* source = head_ + (first + static_cast<int>(row_)) * token_stride_ + chunk_ * 8;
     const uint32_t to = shared + Rows::offset(row_, chunk_);
     if (whole) [[likely]] {
-      const int64_t step = kStep * vectors_.token_stride;
+      const int64_t step = kStep * token_stride_;
 #pragma unroll 4
       for (unsigned piece = 0; piece < kPieces; ++piece) {
         if (kRows % kStep != 0 && row_ + piece * kStep >= kRows) break;
@@ -47,15 +48,16 @@ class TileLoader {
   }
 
  private:
-  const Vectors& vectors_;
   const T* head_;
+  int64_t token_stride_;
+  int dim_;
   const uint8_t* mask_;
   int count_;
   unsigned row_;
   unsigned chunk_;
 
   __device__ void load_partial(uint32_t shared, int first, const T* source, uint32_t to) const {
-    const bool inside = static_cast<int>(chunk_) * 8 < vectors_.dim;
+    const bool inside = static_cast<int>(chunk_) * 8 < dim_;
 #pragma unroll 1
     for (unsigned piece = 0; piece < kPieces; ++piece) {
       const unsigned row = row_ + piece * kStep;
@@ -63,7 +65,7 @@ class TileLoader {
       const int token = first + static_cast<int>(row);
       const bool valid = inside && token < count_ && (mask_ == nullptr || mask_[token] != 0);
       copy_async(place(shared, to, piece), valid ? source : head_, valid);
-      source += kStep * vectors_.token_stride;
+      source += kStep * token_stride_;
     }
   }
 

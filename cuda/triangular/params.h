@@ -1,8 +1,10 @@
 #pragma once
 
+#include <climits>
+
 #include "../params.h"
 
-// What the triangular kernels are given: one self-relation, each pair of tokens once. Logits are in units of log 2.
+// What the triangular kernels are given: self-relations, each pair of tokens once. Logits are in units of log 2.
 
 namespace linearard::cuda {
 
@@ -43,9 +45,38 @@ struct LogitFactors {
   float excess;  ///< 1 - teacher / student
 };
 
-/// The sums of a row over its other tokens, as planes [B H][kSums][N] of `sums`; e = E_ij weight_j:
+/// The sums of a row over its other tokens, as planes [P][kSums][N] of `sums`; e = E_ij weight_j:
 ///   sum e,   sum e x / student,   sum e phi(x),   phi(x) = e^x - 1 - x (x in nats)
 inline constexpr int kSums = 3;
+
+/// Most relations that one launch serves: with their tensor maps they fit into 4 KiB of parameters.
+inline constexpr int kLargestGroup = 8;
+
+/// Relations that one launch serves: of one batch, number of tokens, type and dimension, mask and scales. The heads of
+/// all batch entries of a relation are consecutive problems, and so are the relations; arrays [P, ...] are of all of
+/// them.
+struct RelationGroup {
+  int problems;              ///< P, the sum of B H
+  int first[kLargestGroup];  ///< problem of a relation; INT_MAX where there is none
+  int heads[kLargestGroup];
+
+  /// @param heads [count] of the relations
+  static RelationGroup of(int batch, const int* heads, int count) {
+    RelationGroup group{};
+    for (int r = 0; r < kLargestGroup; ++r) {
+      group.first[r] = r < count ? group.problems : INT_MAX;
+      group.heads[r] = r < count ? heads[r] : 1;
+      if (r < count) group.problems += batch * heads[r];
+    }
+    return group;
+  }
+};
+
+/// The vectors of a group's relations.
+struct GroupVectors {
+  Vectors student[kLargestGroup];
+  Vectors teacher[kLargestGroup];
+};
 
 /// How much of the plane a block of rows visits.
 enum class Traversal : int {
@@ -54,80 +85,97 @@ enum class Traversal : int {
 };
 
 struct TriangularForwardParams {
-  Vectors student;
+  Vectors student;  ///< of the first relation; row by row, the kernels of Hopper serve no other
   Vectors teacher;
   int batch;
-  int heads;
+  int heads;  ///< of the first relation
   int tokens;
   bool causal;  ///< keys j <= i; visited once by either traversal
   Traversal traversal;
   const uint8_t* mask;  ///< [B, N] 1 = a real token; null: all are
   LogitFactors factors;
-  const ForwardToken* token_values;  ///< [B H, N]
-  const float* centers;              ///< [B H]
-  const int* wide_heads;             ///< [B H] 1: left to the dense kernels
-  float* sums;                       ///< [B H, kSums, N], zero before
-  OwnLogit* own;                     ///< [B H, N] of heads that are not wide: written
+  const ForwardToken* token_values;  ///< [P, N]
+  const float* centers;              ///< [P]
+  const int* wide_heads;             ///< [P] 1: left to the dense kernels
+  float* sums;                       ///< [P, kSums, N], zero before
+  OwnLogit* own;                     ///< [P, N] of heads that are not wide: written
+  RelationGroup group;
+  GroupVectors vectors;
 };
 
 struct TriangularBackwardParams {
-  Vectors student;
+  Vectors student;  ///< of the first relation; row by row, the kernels of Hopper serve no other
   Vectors teacher;
   int batch;
-  int heads;
+  int heads;  ///< of the first relation
   int tokens;
   bool causal;  ///< pairs with j <= i as rows only: H_ij = G_ij
   Traversal traversal;
   const uint8_t* mask;  ///< [B, N]
   LogitFactors factors;
-  const BackwardToken* token_values;  ///< [B H, N]
-  const int* wide_heads;              ///< [B H]
-  float* gradient;                    ///< [B H, N, D] sum_j H_ij x_j, without the scale; zero before
+  const BackwardToken* token_values;  ///< [P, N]
+  const int* wide_heads;              ///< [P]
+  float* gradient;                    ///< [P, N, D] sum_j H_ij x_j, without the scale; zero before
   // Row by row, Hopper's kernels write the gradient itself instead.
   void* result;  ///< [B H, N, D] of the vectors' type
   double output_scale;
   const float* largest_grad;
   RedoMarks redo;
+  RelationGroup group;
+  GroupVectors vectors;
 };
 
 /// Before the forward: values of the tokens, and zeros for what the steps after it add to.
 struct PrepareForwardParams {
-  Vectors student;
-  Vectors teacher;
-  int batch;
-  int heads;
+  RelationGroup group;
+  GroupVectors vectors;
   int tokens;
   const uint8_t* mask;   ///< [B, N]
   double scale_student;  ///< of the logits, nats
   double scale_teacher;
-  int* largest;                ///< [B H, ceil(N / kRedoRows)] bits of the largest t_ii of a block
-  ForwardToken* token_values;  ///< [B H, N]
-  OwnLogit* own;               ///< [B H, N]
-  float* centers;              ///< [B H]
-  int* wide_heads;             ///< [B H]
+  int* largest;                ///< [P, ceil(N / kRedoRows)] bits of the largest t_ii of a block
+  ForwardToken* token_values;  ///< [P, N]
+  OwnLogit* own;               ///< [P, N]
+  float* centers;              ///< [P]
+  int* wide_heads;             ///< [P]
   // Zeroed:
-  float* sums;      ///< [B H, kSums, N]
-  int* row_counts;  ///< [B H]
-  RedoMarks redo;
+  float* sums;                    ///< [P, kSums, N]
+  int* row_counts;                ///< [P]
+  RedoMarks redo[kLargestGroup];  ///< of the relations
+};
+
+/// Results [B H, N] of one relation's rows, nats.
+struct RowResults {
+  float* kl;
+  float* lse_student;
+  float* lse_teacher;
 };
 
 /// After the forward: results of the rows, and the list of those that the dense kernels compute again.
 struct FinishForwardParams {
-  int batch;
-  int heads;
+  RelationGroup group;
   Visibility visibility;
   LogitFactors factors;
   const ForwardToken* token_values;
   const OwnLogit* own;
   const float* centers;
   const int* wide_heads;
-  const float* sums;   ///< [B H, kSums, N]
-  float* kl;           ///< [B H, N] nats
-  float* lse_student;  ///< likewise
-  float* lse_teacher;  ///< likewise
-  int* row_counts;     ///< [B H] rows listed, zero before
-  int* row_lists;      ///< [B H, N]
-  bool ordered;        ///< list rows in their order: which of them are computed together is the same in every run
+  const float* sums;               ///< [P, kSums, N]
+  RowResults rows[kLargestGroup];  ///< of the relations
+  int* row_counts;                 ///< [P] rows listed, zero before
+  int* row_lists;                  ///< [P, N]
+  bool ordered;  ///< list rows in their order: which of them are computed together is the same in every run
+};
+
+/// What the backward of one relation reads of its rows, and its marks.
+struct RowGradients {
+  const float* grad_kl;       ///< [B H, N], or one number for all rows
+  bool one_grad;              ///< which of the two
+  const float* lse_student;   ///< [B H, N], nats
+  const float* lse_teacher;   ///< likewise
+  const float* largest_grad;  ///< max |grad_kl|, for half only
+  float* row_grads;           ///< [B H, N] grad_kl for the dense kernels; null: not wanted
+  RedoMarks redo;
 };
 
 /// Marks of rows become lists of them, in place.
@@ -140,36 +188,33 @@ struct OrderRowsParams {
 
 /// Before the backward: values of the tokens, and zeros for what the steps after it add to.
 struct PrepareBackwardParams {
-  int batch;
-  int heads;
+  RelationGroup group;
   Visibility visibility;
-  const float* grad_kl;       ///< [B H, N], or one number for all rows
-  bool one_grad;              ///< which of the two
-  const float* lse_student;   ///< likewise, nats
-  const float* lse_teacher;   ///< likewise
-  const float* largest_grad;  ///< max |grad_kl|, for half only
+  RowGradients rows[kLargestGroup];  ///< of the relations
   BackwardToken* token_values;
-  int* wide_heads;   ///< [B H]
-  float* row_grads;  ///< [B H, N] grad_kl for the dense kernels; null: not wanted
-  // Zeroed:
+  int* wide_heads;  ///< [P]
+  // Zeroed, and the marks of the relations:
   float* gradient;          ///< aligned to 16 bytes
   int64_t gradient_floats;  ///< a multiple of 4
+};
+
+/// The gradient of one relation, and what it is marked with.
+struct VectorGradient {
+  void* gradient;  ///< [B H, N, D]
+  const float* largest_grad;
   RedoMarks redo;
 };
 
 /// After the backward: the sums in float become the gradient, of the student's type.
 struct FinishBackwardParams {
   Scalar type;
-  int batch;
-  int heads;
+  RelationGroup group;
   int tokens;
   int dim;
   double output_scale;
-  const float* largest_grad;
   const int* wide_heads;
-  const float* sums;  ///< [B H, N, D]
-  void* gradient;     ///< [B H, N, D]
-  RedoMarks redo;
+  const float* sums;  ///< [P, N, D]
+  VectorGradient relations[kLargestGroup];
 };
 
 }  // namespace linearard::cuda

@@ -5,6 +5,7 @@
 #include "../common/half_range.cuh"
 #include "../common/launch.cuh"
 #include "../common/visibility.cuh"
+#include "group.cuh"
 #include "launch.h"
 
 // The steps before the triangular kernels: what a token contributes to all its pairs. It depends on extremes of the
@@ -90,25 +91,27 @@ __global__ void __launch_bounds__(kThreads) own_logits_kernel(const __grid_const
   const int problem = static_cast<int>(blockIdx.x) / blocks;
   const int block = static_cast<int>(blockIdx.x) % blocks;
   const int thread = static_cast<int>(threadIdx.x);
-  const int batch = problem / p.heads;
+  const Place place = place_of(p.group, problem);
   const int first = block * kRedoRows;
   const int token = first + thread / kLanes;
-  const bool real = is_real(p.mask, p.tokens, batch, token);
+  const bool real = is_real(p.mask, p.tokens, place.batch, token);
 
   double t = 0;
   double s = 0;
   if (real) {
     const int64_t at = token;
-    const T* student = head_of<T>(p.student, batch, problem % p.heads) + at * p.student.token_stride;
-    const T* teacher = head_of<T>(p.teacher, batch, problem % p.heads) + at * p.teacher.token_stride;
-    const int chunks = p.teacher.dim / kChunk;
+    const Vectors& of_student = p.vectors.student[place.relation];
+    const Vectors& of_teacher = p.vectors.teacher[place.relation];
+    const T* student = head_of<T>(of_student, place.batch, place.head) + at * of_student.token_stride;
+    const T* teacher = head_of<T>(of_teacher, place.batch, place.head) + at * of_teacher.token_stride;
+    const int chunks = p.vectors.teacher[0].dim / kChunk;
     for (int chunk = thread % kLanes; chunk < chunks; chunk += kLanes * kAtOnce) {
-      Square<T, kAtOnce> of_teacher;
-      Square<T, kAtOnce> of_student;
-      of_teacher.load(teacher, chunk);
-      of_student.load(student, chunk);
-      t += of_teacher.sum();
-      s += of_student.sum();
+      Square<T, kAtOnce> square_of_teacher;
+      Square<T, kAtOnce> square_of_student;
+      square_of_teacher.load(teacher, chunk);
+      square_of_student.load(student, chunk);
+      t += square_of_teacher.sum();
+      s += square_of_student.sum();
     }
   }
   constexpr double kUnit = Base<float>::kUnit;
@@ -127,9 +130,10 @@ __global__ void __launch_bounds__(kThreads) own_logits_kernel(const __grid_const
   }
   if (thread == 0) {
     p.largest[blockIdx.x] = largest;
-    p.redo[1 + static_cast<int64_t>(blockIdx.x)] = 0;
+    const RedoMarks redo = p.redo[place.relation];
+    redo[1 + static_cast<int64_t>(place.problem) * blocks + block] = 0;
     if (block == 0) p.row_counts[problem] = 0;
-    if (blockIdx.x == 0) p.redo[0] = 0;
+    if (block == 0 && place.problem == 0) redo[0] = 0;
   }
 }
 
@@ -140,6 +144,7 @@ __global__ void __launch_bounds__(kThreads) forward_tokens_kernel(const __grid_c
   const int parts = (p.tokens + kForwardTokens - 1) / kForwardTokens;
   const int problem = static_cast<int>(blockIdx.x) / parts;
   const int part = static_cast<int>(blockIdx.x) % parts;
+  const int batch = place_of(p.group, problem).batch;
   const int blocks = blocks_of_head(p.tokens);
   int bits = 0;
   for (int block = static_cast<int>(threadIdx.x); block < blocks; block += kThreads)
@@ -153,7 +158,7 @@ __global__ void __launch_bounds__(kThreads) forward_tokens_kernel(const __grid_c
     if (token >= p.tokens) break;
     const int64_t index = static_cast<int64_t>(problem) * p.tokens + token;
     const float half = p.own[index].teacher / 2;
-    const bool real = is_real(p.mask, p.tokens, problem / p.heads, token);
+    const bool real = is_real(p.mask, p.tokens, batch, token);
     p.token_values[index] = real ? ForwardToken{half - kHeadroom / 2, exp2f(half - center)} : ForwardToken{0, 0};
   }
   if (part == 0 && threadIdx.x == 0) {
@@ -207,9 +212,13 @@ __device__ bool fits(const Extremes& head, float scale) {
          log2f(head.smallest_grad * scale) - reach > -kLargestPower;
 }
 
-__device__ Extremes extremes_of_head(const PrepareBackwardParams& p, int problem, float* scratch) {
+/// @param rows of the head's relation
+__device__ Extremes extremes_of_head(const PrepareBackwardParams& p,
+                                     const RowGradients& rows,
+                                     const Place& place,
+                                     float* scratch) {
   const int tokens = p.visibility.rows;
-  const int64_t first = static_cast<int64_t>(problem) * tokens;
+  const int64_t first = static_cast<int64_t>(place.problem) * tokens;
   float highest = -INFINITY;
   float negated_lowest = -INFINITY;
   float shift = 0;
@@ -217,13 +226,13 @@ __device__ Extremes extremes_of_head(const PrepareBackwardParams& p, int problem
   float negated_smallest = -INFINITY;
 #pragma unroll 4
   for (int token = static_cast<int>(threadIdx.x); token < tokens; token += kThreads) {
-    const bool real = is_real(p.visibility.row_mask, tokens, problem / p.heads, token);
-    const float lse = p.lse_teacher[first + token];
-    const float moved = fabsf(p.lse_student[first + token] - lse);
+    const bool real = is_real(p.visibility.row_mask, tokens, place.batch, token);
+    const float lse = rows.lse_teacher[first + token];
+    const float moved = fabsf(rows.lse_student[first + token] - lse);
     highest = real ? fmaxf(highest, lse) : highest;
     negated_lowest = real ? fmaxf(negated_lowest, -lse) : negated_lowest;
     shift = real ? fmaxf(shift, moved) : shift;
-    const float grad = real ? fabsf(p.grad_kl[p.one_grad ? 0 : first + token]) : 0.f;
+    const float grad = real ? fabsf(rows.grad_kl[rows.one_grad ? 0 : first + token]) : 0.f;
     largest_grad = fmaxf(largest_grad, grad);
     negated_smallest = grad > 0 ? fmaxf(negated_smallest, -grad) : negated_smallest;
   }
@@ -239,67 +248,71 @@ __global__ void __launch_bounds__(kThreads) prepare_backward_kernel(const __grid
   __shared__ float scratch[kWarpsOfBlock];
   const int tokens = p.visibility.rows;
   const int parts = parts_of_head(tokens);
-  const int64_t head_blocks = static_cast<int64_t>(parts) * p.batch * p.heads;
+  const int64_t head_blocks = static_cast<int64_t>(parts) * p.group.problems;
   if (blockIdx.x >= head_blocks) {
     zero_gradient(p, blockIdx.x - head_blocks);
     return;
   }
   const int problem = static_cast<int>(blockIdx.x) / parts;
   const int part = static_cast<int>(blockIdx.x) % parts;
-  const int64_t first = static_cast<int64_t>(problem) * tokens;
-  const Extremes head = extremes_of_head(p, problem, scratch);
+  const Place place = place_of(p.group, problem);
+  const RowGradients rows = p.rows[place.relation];
+  const int64_t first = static_cast<int64_t>(place.problem) * tokens;
+  const int64_t first_value = static_cast<int64_t>(problem) * tokens;
+  const Extremes head = extremes_of_head(p, rows, place, scratch);
   const float center = (head.highest + head.lowest) / 4 * kLog2E;
-  const float scale = half_range_scale(p.largest_grad);
+  const float scale = half_range_scale(rows.largest_grad);
   for (int token = part * kThreads + static_cast<int>(threadIdx.x); token < tokens; token += parts * kThreads) {
-    const float grad = p.grad_kl[p.one_grad ? 0 : first + token];
-    if (p.row_grads != nullptr) p.row_grads[first + token] = grad;
+    const float grad = rows.grad_kl[rows.one_grad ? 0 : first + token];
+    if (rows.row_grads != nullptr) rows.row_grads[first + token] = grad;
     BackwardToken value{0, 0, 0, 0};
-    if (is_real(p.visibility.row_mask, tokens, problem / p.heads, token)) {
-      const float half = p.lse_teacher[first + token] / 2 * kLog2E;
+    if (is_real(p.visibility.row_mask, tokens, place.batch, token)) {
+      const float half = rows.lse_teacher[first + token] / 2 * kLog2E;
       // A row that sees one key has no divergence, whatever it is.
-      const bool has_gradient = keys_of_row(p.visibility, problem / p.heads, token).count > 1;
+      const bool has_gradient = keys_of_row(p.visibility, place.batch, token).count > 1;
       const float weight = has_gradient ? grad * scale : 0.f;
       value.bias = half - kHeadroom / 2;
       value.key = exp2f(half - center - kHeadroom / 2);
       value.row = weight * exp2f(center - half - kHeadroom / 2);
-      value.row_ratio = value.row * exp2f((p.lse_teacher[first + token] - p.lse_student[first + token]) * kLog2E);
+      value.row_ratio = value.row * exp2f((rows.lse_teacher[first + token] - rows.lse_student[first + token]) * kLog2E);
     }
-    p.token_values[first + token] = value;
+    p.token_values[first_value + token] = value;
   }
   if (part != 0) return;
   if (threadIdx.x == 0) {
     p.wide_heads[problem] = fits(head, scale) ? 0 : 1;
-    if (problem == 0) p.redo[0] = 0;
+    if (place.problem == 0) rows.redo[0] = 0;
   }
   const int blocks = blocks_of_head(tokens);
   for (int block = static_cast<int>(threadIdx.x); block < blocks; block += kThreads)
-    p.redo[1 + static_cast<int64_t>(problem) * blocks + block] = 0;
+    rows.redo[1 + static_cast<int64_t>(place.problem) * blocks + block] = 0;
 }
 
 int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename T>
 cudaError_t launch_own_logits(const PrepareForwardParams& params, cudaStream_t stream) {
-  const int chunks = params.teacher.dim / kChunk;
+  const int chunks = params.vectors.teacher[0].dim / kChunk;
   const auto kernel = chunks % (4 * kLanes) == 0   ? own_logits_kernel<T, 4>
                       : chunks % (2 * kLanes) == 0 ? own_logits_kernel<T, 2>
                                                    : own_logits_kernel<T, 1>;
-  const int64_t blocks = int64_t{params.batch} * params.heads * quotient_up(params.tokens, kRedoRows);
+  const int64_t blocks = int64_t{params.group.problems} * quotient_up(params.tokens, kRedoRows);
   return launch_blocks(kernel, params, blocks, kThreads, 0, stream);
 }
 
 }  // namespace
 
 cudaError_t prepare_forward(const PrepareForwardParams& params, cudaStream_t stream) {
-  const cudaError_t error = params.teacher.type == Scalar::kHalf ? launch_own_logits<__half>(params, stream)
-                                                                 : launch_own_logits<__nv_bfloat16>(params, stream);
+  const cudaError_t error = params.vectors.teacher[0].type == Scalar::kHalf
+                                ? launch_own_logits<__half>(params, stream)
+                                : launch_own_logits<__nv_bfloat16>(params, stream);
   if (error != cudaSuccess) return error;
-  const int64_t blocks = int64_t{params.batch} * params.heads * quotient_up(params.tokens, kForwardTokens);
+  const int64_t blocks = int64_t{params.group.problems} * quotient_up(params.tokens, kForwardTokens);
   return launch_blocks(forward_tokens_kernel, params, blocks, kThreads, 0, stream);
 }
 
 cudaError_t prepare_backward(const PrepareBackwardParams& params, cudaStream_t stream) {
-  const int64_t head_blocks = int64_t{params.batch} * params.heads * parts_of_head(params.visibility.rows);
+  const int64_t head_blocks = int64_t{params.group.problems} * parts_of_head(params.visibility.rows);
   const int64_t zero_blocks = quotient_up(params.gradient_floats / 4, kZeroedChunks * kThreads);
   return launch_blocks(prepare_backward_kernel, params, head_blocks + zero_blocks, kThreads, 0, stream);
 }

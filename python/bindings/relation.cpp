@@ -1,5 +1,6 @@
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include <linearard/linearard.h>
 #include <pybind11/pybind11.h>
@@ -15,6 +16,7 @@ namespace linearard::bindings {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
+using TensorVector = std::vector<at::Tensor>;
 
 RelationOptions relation_options(OptionalTensor key_padding_mask,
                                  OptionalTensor cu_seqlens,
@@ -91,6 +93,54 @@ void register_relation_kl_backward(py::module_& module) {
       "deterministic"_a = py::none(), ReleaseGil());
 }
 
+void register_layer_relation_kl(py::module_& module) {
+  module.def(
+      "layer_relation_kl",
+      [](const TensorVector& students, const TensorVector& teachers, OptionalTensor key_padding_mask,
+         OptionalTensor cu_seqlens, OptionalTensor row_weight, std::optional<double> scale_student,
+         std::optional<double> scale_teacher, bool causal, Divergence divergence, double beta, Reduction reduction,
+         OptionalTensor num_items, std::optional<bool> deterministic) {
+        return layer_relation_kl(students, teachers,
+                                 relation_options(std::move(key_padding_mask), std::move(cu_seqlens), scale_student,
+                                                  scale_teacher, causal, divergence, beta, deterministic)
+                                     .row_weight(std::move(row_weight))
+                                     .reduction(reduction)
+                                     .num_items(std::move(num_items)));
+      },
+      "students"_a, "teachers"_a, py::kw_only(), "key_padding_mask"_a = py::none(), "cu_seqlens"_a = py::none(),
+      "row_weight"_a = py::none(), "scale_student"_a = py::none(), "scale_teacher"_a = py::none(), "causal"_a = false,
+      "divergence"_a = Divergence::kForwardKL, "beta"_a = 0.5, "reduction"_a = Reduction::kMean,
+      "num_items"_a = py::none(), "deterministic"_a = py::none(), ReleaseGil());
+  module.def(
+      "layer_relation_kl_forward",
+      [](const TensorVector& students, const TensorVector& teachers, OptionalTensor key_padding_mask,
+         OptionalTensor cu_seqlens, std::optional<double> scale_student, std::optional<double> scale_teacher,
+         bool causal, Divergence divergence, double beta, std::optional<bool> deterministic) {
+        return layer_relation_kl_forward(
+            students, teachers,
+            relation_options(std::move(key_padding_mask), std::move(cu_seqlens), scale_student, scale_teacher, causal,
+                             divergence, beta, deterministic));
+      },
+      "students"_a, "teachers"_a, py::kw_only(), "key_padding_mask"_a = py::none(), "cu_seqlens"_a = py::none(),
+      "scale_student"_a = py::none(), "scale_teacher"_a = py::none(), "causal"_a = false,
+      "divergence"_a = Divergence::kForwardKL, "beta"_a = 0.5, "deterministic"_a = py::none(), ReleaseGil());
+  module.def(
+      "layer_relation_kl_backward",
+      [](const TensorVector& grad_kl, const TensorVector& students, const TensorVector& teachers,
+         const TensorVector& lse_student, const TensorVector& lse_teacher, OptionalTensor key_padding_mask,
+         OptionalTensor cu_seqlens, std::optional<double> scale_student, std::optional<double> scale_teacher,
+         bool causal, Divergence divergence, double beta, std::optional<bool> deterministic) {
+        return layer_relation_kl_backward(
+            grad_kl, students, teachers, lse_student, lse_teacher,
+            relation_options(std::move(key_padding_mask), std::move(cu_seqlens), scale_student, scale_teacher, causal,
+                             divergence, beta, deterministic));
+      },
+      "grad_kl"_a, "students"_a, "teachers"_a, "lse_student"_a, "lse_teacher"_a, py::kw_only(),
+      "key_padding_mask"_a = py::none(), "cu_seqlens"_a = py::none(), "scale_student"_a = py::none(),
+      "scale_teacher"_a = py::none(), "causal"_a = false, "divergence"_a = Divergence::kForwardKL, "beta"_a = 0.5,
+      "deterministic"_a = py::none(), ReleaseGil());
+}
+
 void register_relation_lse(py::module_& module) {
   module.def(
       "relation_lse",
@@ -143,6 +193,7 @@ void register_relation(py::module_& module) {
   register_relation_kl(module);
   register_relation_kl_forward(module);
   register_relation_kl_backward(module);
+  register_layer_relation_kl(module);
   register_relation_lse(module);
   register_plan(module);
 }

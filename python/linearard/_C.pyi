@@ -1,5 +1,6 @@
 """C++ interface of linearard (python/bindings)."""
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import TypedDict
 
@@ -114,6 +115,51 @@ def relation_kl_backward(
     beta: float = 0.5,
     deterministic: bool | None = None,
 ) -> Tensor: ...
+def layer_relation_kl(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    *,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    scale_student: float | None = None,
+    scale_teacher: float | None = None,
+    causal: bool = False,
+    divergence: Divergence = Divergence.FORWARD_KL,
+    beta: float = 0.5,
+    reduction: Reduction = Reduction.MEAN,
+    num_items: Tensor | None = None,
+    deterministic: bool | None = None,
+) -> Tensor: ...
+def layer_relation_kl_forward(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    *,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale_student: float | None = None,
+    scale_teacher: float | None = None,
+    causal: bool = False,
+    divergence: Divergence = Divergence.FORWARD_KL,
+    beta: float = 0.5,
+    deterministic: bool | None = None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]: ...
+def layer_relation_kl_backward(
+    grad_kl: Sequence[Tensor],
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    lse_student: Sequence[Tensor],
+    lse_teacher: Sequence[Tensor],
+    *,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale_student: float | None = None,
+    scale_teacher: float | None = None,
+    causal: bool = False,
+    divergence: Divergence = Divergence.FORWARD_KL,
+    beta: float = 0.5,
+    deterministic: bool | None = None,
+) -> list[Tensor]: ...
 def relation_lse(
     x: Tensor,
     *,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from linearard.capture import LayerStates
 from linearard.errors import UserError
-from linearard.ops import attention_kl, relation_kl
+from linearard.ops import attention_kl, layer_relation_kl_forward
 
 SELF_RELATIONS = ("query", "key", "value")
 RELATIONS = (*SELF_RELATIONS, "attention")
@@ -120,8 +120,7 @@ class ARDLoss:
         for group in _groups([student[layer] for layer in layers], [teacher[layer] for layer in layers]):
             own = _Stack([student[layers[place]] for place in group])
             other = _Stack([teacher[layers[place]].detach() for place in group])
-            for name in self.weights:
-                divergence = self._rows(name, own, other, structure)  # [B, layers x heads, N]
+            for name, divergence in self._rows(own, other, structure).items():  # [B, layers x heads, N]
                 summed = divergence.unflatten(1, (len(group), -1)).sum((0, 2, 3), dtype=torch.float64)
                 rows[name].append(summed / (divergence.shape[1] // len(group)))
         query = student[layers[0]].query
@@ -132,30 +131,44 @@ class ARDLoss:
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         return {name: (torch.cat(values) / divisor).to(dtype) for name, values in rows.items()}
 
-    def _rows(self, name: str, own: "_Stack", other: "_Stack", structure: dict[str, Any]) -> Tensor:
-        """The divergence of every row of one relation, [B, layers x heads, N]."""
-        factor = 1.0 if name == "value" else self.attention_factor**-2
-        options: dict[str, Any] = {**structure, "divergence": self.divergence, "reduction": "none"}
-        if name == "attention":
-            return attention_kl(
+    def _rows(self, own: "_Stack", other: "_Stack", structure: dict[str, Any]) -> dict[str, Tensor]:
+        """The divergence of every row of each relation, [B, layers x heads, N]."""
+        rows: dict[str, Tensor] = {}
+        options: dict[str, Any] = {**structure, "divergence": self.divergence}
+        if "attention" in self.weights:
+            rows["attention"] = attention_kl(
                 own["query"],
                 own["key"],
                 other["query"],
                 other["key"],
-                scale_student=own.scale * factor / self.temperature,
+                scale_student=own.scale * self.attention_factor**-2 / self.temperature,
                 scale_teacher=other.scale / self.temperature,
                 causal=True,
+                reduction="none",
                 **options,
             )
-        student, teacher = own[name], other[name]
-        return relation_kl(
-            student,
-            teacher,
-            scale_student=student.shape[-1] ** -0.5 * factor / self.temperature,
-            scale_teacher=teacher.shape[-1] ** -0.5 / self.temperature,
-            causal=self.causal,
-            **options,
-        )
+        # Self-relations of the same scales are one call, which their kernels share.
+        by_scales: dict[tuple[float, float], list[str]] = {}
+        for name in self.weights:
+            if name == "attention":
+                continue
+            factor = 1.0 if name == "value" else self.attention_factor**-2
+            scales = (
+                own[name].shape[-1] ** -0.5 * factor / self.temperature,
+                other[name].shape[-1] ** -0.5 / self.temperature,
+            )
+            by_scales.setdefault(scales, []).append(name)
+        for (scale_student, scale_teacher), names in by_scales.items():
+            kl, _, _ = layer_relation_kl_forward(
+                [own[name] for name in names],
+                [other[name] for name in names],
+                scale_student=scale_student,
+                scale_teacher=scale_teacher,
+                causal=self.causal,
+                **options,
+            )
+            rows.update(zip(names, kl, strict=True))
+        return {name: rows[name] for name in self.weights}
 
 
 class _Stack:

@@ -11,6 +11,7 @@ names the operator, the argument, what was expected and what came.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -155,6 +156,140 @@ def relation_kl_backward(
         grad_kl,
         student,
         teacher,
+        lse_student,
+        lse_teacher,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        scale_student=scale_student,
+        scale_teacher=scale_teacher,
+        causal=causal,
+        divergence=divergence,
+        beta=beta,
+        deterministic=deterministic,
+    )
+    return result
+
+
+def layer_relation_kl(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    *,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    scale_student: float | None = None,
+    scale_teacher: float | None = None,
+    causal: bool = False,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    reduction: Literal["sum", "mean"] = "mean",
+    num_items: Tensor | None = None,
+    deterministic: bool | None = None,
+) -> Tensor:
+    """`relation_kl` of several relations in one call: queries, keys and values of one layer or of several.
+
+    On a GPU, relations of the same dtype and head dimension share their kernels: launches, and multiprocessors that one
+    relation would leave idle, count where N is a few thousand or less.
+
+    Args:
+        students: R tensors [B, H_r, N, Ds_r]. B, N and the device are the same for all; heads, head dimensions and
+            dtypes may differ. Those that require grad receive one.
+        teachers: R tensors [B, H_r, N, Dt_r], each as its student's teacher. Must not require grad.
+        reduction: "sum" or "mean"; for the rows there is `layer_relation_kl_forward`.
+
+    The other arguments, and errors, are those of `relation_kl`; they apply to every relation, so a scale that is not
+    given is each tensor's own D^-0.5.
+
+    Returns:
+        [R], what `relation_kl` returns for each pair; float64 if any input is, otherwise float32. Differentiable once,
+        with respect to the students.
+    """
+    result: Tensor = torch.ops.linearard.layer_relation_kl(
+        students,
+        teachers,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        row_weight=row_weight,
+        scale_student=scale_student,
+        scale_teacher=scale_teacher,
+        causal=causal,
+        divergence=divergence,
+        beta=beta,
+        reduction=reduction,
+        num_items=num_items,
+        deterministic=deterministic,
+    )
+    return result
+
+
+def layer_relation_kl_forward(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    *,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale_student: float | None = None,
+    scale_teacher: float | None = None,
+    causal: bool = False,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    deterministic: bool | None = None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The rows of `layer_relation_kl`; arguments as there.
+
+    Returns:
+        (kl, lse_student, lse_teacher), of each R tensors [B, H_r, N] as `relation_kl_forward` returns them, float64
+        where either tensor of the pair is. kl is differentiable once, with respect to the students.
+    """
+    kl, lse_student, lse_teacher = torch.ops.linearard.layer_relation_kl_forward(
+        students,
+        teachers,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        scale_student=scale_student,
+        scale_teacher=scale_teacher,
+        causal=causal,
+        divergence=divergence,
+        beta=beta,
+        deterministic=deterministic,
+    )
+    return kl, lse_student, lse_teacher
+
+
+def layer_relation_kl_backward(
+    grad_kl: Sequence[Tensor],
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    lse_student: Sequence[Tensor],
+    lse_teacher: Sequence[Tensor],
+    *,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale_student: float | None = None,
+    scale_teacher: float | None = None,
+    causal: bool = False,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    deterministic: bool | None = None,
+) -> list[Tensor]:
+    """The backward kernels of `layer_relation_kl`, without autograd.
+
+    Args:
+        grad_kl: R tensors [B, H_r, N], the upstream gradient of each row's divergence.
+        students: as in the forward.
+        teachers: as in the forward.
+        lse_student: R tensors [B, H_r, N] as `layer_relation_kl_forward` returned them.
+        lse_teacher: R tensors [B, H_r, N] as `layer_relation_kl_forward` returned them.
+
+    The other arguments must be those of the forward.
+
+    Returns:
+        The gradients of sum(grad_kl[r] * kl[r]) with respect to students[r], R tensors in their shapes and dtypes.
+    """
+    result: list[Tensor] = torch.ops.linearard.layer_relation_kl_backward(
+        grad_kl,
+        students,
+        teachers,
         lse_student,
         lse_teacher,
         key_padding_mask=key_padding_mask,

@@ -26,7 +26,7 @@ from linearard.training_config import DTYPES
 
 RELATION_OPERATORS = frozenset(
     f"linearard::{relation}_kl_{direction}"
-    for relation in ("relation", "attention")
+    for relation in ("layer_relation", "relation", "attention")
     for direction in ("forward", "backward")
 )
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -29,118 +30,6 @@
 
 namespace linearard::cuda {
 namespace {
-
-Divergence kernel_divergence(linearard::Divergence divergence) {
-  switch (divergence) {
-    case linearard::Divergence::kForwardKL:
-      return Divergence::kForwardKL;
-    case linearard::Divergence::kReverseKL:
-      return Divergence::kReverseKL;
-    default:
-      return Divergence::kJSD;
-  }
-}
-
-Problem problem_of(const RelationArguments& a) {
-  const at::Tensor& x = a.student;
-  Problem problem{a.student,
-                  a.student,
-                  a.teacher,
-                  a.teacher,
-                  {},
-                  true,
-                  a.scale_student,
-                  a.scale_teacher,
-                  a.divergence,
-                  a.beta,
-                  a.cu_seqlens.has_value(),
-                  a.deterministic};
-  if (problem.empty()) return problem;
-  problem.memory = visibility_of(
-      {x.size(0), x.size(2), x.size(2), a.causal, a.key_padding_mask, a.key_padding_mask, a.cu_seqlens, a.cu_seqlens},
-      x.device());
-  return problem;
-}
-
-Problem problem_of(const AttentionArguments& a) {
-  const at::Tensor& x = a.query_student;
-  Problem problem{a.query_student,
-                  a.key_student,
-                  a.query_teacher,
-                  a.key_teacher,
-                  {},
-                  false,
-                  a.scale_student,
-                  a.scale_teacher,
-                  a.divergence,
-                  a.beta,
-                  a.cu_seqlens.has_value(),
-                  a.deterministic};
-  if (problem.empty()) return problem;
-  problem.memory = visibility_of({x.size(0), x.size(2), a.key_student.size(2), a.causal, a.query_padding_mask,
-                                  a.key_padding_mask, a.cu_seqlens, a.cu_seqlens_key},
-                                 x.device());
-  return problem;
-}
-
-/// KL(Q || P) is KL(P || Q) with the roles exchanged.
-void exchange_roles(Problem& problem) {
-  std::swap(problem.student_rows, problem.teacher_rows);
-  std::swap(problem.student_keys, problem.teacher_keys);
-  std::swap(problem.scale_student, problem.scale_teacher);
-  problem.divergence = linearard::Divergence::kForwardKL;
-}
-
-/// Brings x into the teacher's scale where the scales allow to compute the logits' difference as one; 0 where they do
-/// not.
-double difference_ratio(const Problem& problem) {
-  if (problem.float64() || problem.student_rows.size(3) != problem.teacher_rows.size(3)) return 0;
-  const double ratio = problem.scale_student / problem.scale_teacher;  // NaN or infinite for a zero scale
-  return ratio > 1e-6 && ratio < 1e6 ? std::sqrt(ratio) : 0;
-}
-
-/// @param ratios of measured_ratios
-ForwardParams forward_params(const Problem& problem, const LogitForm* form, const at::Tensor& ratios) {
-  ForwardParams params{};
-  const int64_t heads = problem.heads();
-  params.student_rows = vectors_of(problem.student_rows, heads);
-  params.student_keys = vectors_of(problem.student_keys, heads);
-  params.teacher_rows = vectors_of(problem.teacher_rows, heads);
-  params.teacher_keys = vectors_of(problem.teacher_keys, heads);
-  params.batch = narrow(problem.batch());
-  params.heads = narrow(heads);
-  params.visibility = problem.memory.visibility;
-  params.scale_student = form != nullptr ? form->scale_student : problem.scale_student;
-  params.scale_teacher = form != nullptr ? form->scale_teacher : problem.scale_teacher;
-  params.student_multiplier = form != nullptr ? form->student_multiplier : 1;
-  params.teacher_multiplier = form != nullptr ? form->teacher_multiplier : 1;
-  params.difference_ratio = difference_ratio(problem);
-  params.difference_ratios = ratios.defined() ? ratios.const_data_ptr<double>() : nullptr;
-  params.divergence = kernel_divergence(problem.divergence);
-  params.beta = problem.beta;
-  return params;
-}
-
-/// Whether the vectors decide about the difference form too, head by head: for the generic kernels.
-bool measures_closeness(const Problem& problem) {
-  if (difference_ratio(problem) == 0) return false;
-  return !uses_tensor_cores(forward_params(problem, nullptr, {})) ||
-         problem.student_keys.size(1) != problem.teacher_keys.size(1);
-}
-
-/// What ForwardParams::difference_ratios points to, made on the device; undefined where nothing reads it.
-at::Tensor measured_ratios(const Problem& problem) {
-  if (!measures_closeness(problem)) return {};
-  const at::Tensor ratios =
-      at::empty({problem.batch() * problem.heads()}, problem.student_rows.options().dtype(at::kDouble));
-  const ForwardParams of = forward_params(problem, nullptr, {});
-  const ClosenessParams params{
-      of.student_rows, of.student_keys, of.teacher_rows,  of.teacher_keys,     of.batch,
-      of.heads,        of.visibility,   problem.relation, of.difference_ratio, ratios.mutable_data_ptr<double>()};
-  check_launch(measure_closeness(params, current_stream(problem.device())), "closeness of student and teacher",
-               problem.device());
-  return ratios;
-}
 
 void set_outputs(ForwardParams& params, const RowTensors& to) {
   const auto data = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; };
@@ -181,29 +70,45 @@ void run_forward(ForwardParams params,
 at::Device device_of(const RelationArguments& arguments) { return arguments.student.device(); }
 at::Device device_of(const AttentionArguments& arguments) { return arguments.query_student.device(); }
 
-template <typename Arguments>
-ThreeTensors forward_of(const Arguments& arguments) {
-  const KernelScope scope;
-  const c10::DeviceGuard guard(device_of(arguments));
-  Problem problem = problem_of(arguments);
-  const at::ScalarType dtype = statistics_dtype(arguments);
-  RowTensors to{row_tensor(problem, dtype), row_tensor(problem, dtype), row_tensor(problem, dtype)};
-  if (problem.empty()) return {to.kl.zero_(), to.lse_student.zero_(), to.lse_teacher.zero_()};
-  const bool float64 = dtype == at::kDouble;
+/// A forward call on its way, and where its kernels write.
+struct ForwardCall {
+  Problem problem;
+  RowTensors to;
   LogitForm form;
-  if (float64) form = choose_logit_form(arguments, nullptr);
-  const bool exchanged = problem.divergence == linearard::Divergence::kReverseKL;
-  if (exchanged) {
+  bool float64;
+  bool exchanged;
+
+  template <typename Arguments>
+  ForwardCall(const Arguments& arguments, Problem of) : problem(std::move(of)) {
+    const at::ScalarType dtype = statistics_dtype(arguments);
+    to = {row_tensor(problem, dtype), row_tensor(problem, dtype), row_tensor(problem, dtype)};
+    float64 = dtype == at::kDouble;
+    exchanged = problem.divergence == linearard::Divergence::kReverseKL;
+    if (problem.empty()) return;
+    if (float64) form = choose_logit_form(arguments, nullptr);
+    if (!exchanged) return;
     exchange_roles(problem);
     std::swap(form.scale_student, form.scale_teacher);
     std::swap(form.student_multiplier, form.teacher_multiplier);
   }
-  const at::Tensor ratios = measured_ratios(problem);
-  const ForwardParams params = forward_params(problem, float64 ? &form : nullptr, ratios);
-  run_forward(params, to, float64, problem.device(),
-              problem.relation ? triangular_forward(problem, to) : sets_forward(problem, params, to));
-  if (exchanged) std::swap(to.lse_student, to.lse_teacher);
-  return {to.kl, to.lse_student, to.lse_teacher};
+
+  /// @param listed what triangular_forward says of the problem
+  ThreeTensors finish(const std::optional<ListedRows>& listed) {
+    if (problem.empty()) return {to.kl.zero_(), to.lse_student.zero_(), to.lse_teacher.zero_()};
+    const at::Tensor ratios = measured_ratios(problem);
+    const ForwardParams params = forward_params(problem, float64 ? &form : nullptr, ratios);
+    run_forward(params, to, float64, problem.device(), problem.relation ? listed : sets_forward(problem, params, to));
+    if (exchanged) std::swap(to.lse_student, to.lse_teacher);
+    return {to.kl, to.lse_student, to.lse_teacher};
+  }
+};
+
+template <typename Arguments>
+ThreeTensors forward_of(const Arguments& arguments) {
+  const KernelScope scope;
+  const c10::DeviceGuard guard(device_of(arguments));
+  ForwardCall call(arguments, problem_of(arguments));
+  return call.finish(triangular_forward({{&call.problem, call.to}})[0]);
 }
 
 /// A backward call: the problem, what its kernels read, and the statistics in double for marked blocks.
@@ -242,8 +147,22 @@ class BackwardCall {
     }
   }
 
+  /// A gradient on its way: what its kernels are given, write and mark.
+  struct Pending {
+    BackwardParams params;
+    at::Tensor gradient;
+    at::Tensor memory;  ///< marks, and the upstream gradient of each row where the triangular kernels write it out
+    float* row_grads;   ///< null: not wanted
+    int64_t mark_ints;
+  };
+
   /// Gradient of the rows; of a self-relation: of the tokens as rows and as keys.
   at::Tensor rows() const {
+    Pending pending = begin_rows();
+    return finish(pending, triangular_backward({triangular(pending)})[0]);
+  }
+
+  Pending begin_rows() const {
     BackwardParams params = parameters();
     const int64_t heads = problem_.heads();
     params.owner_student = vectors_of(problem_.student_rows, heads);
@@ -254,7 +173,14 @@ class BackwardCall {
     params.other_heads = 1;
     params.row_term = true;
     params.column_term = problem_.relation;
-    return run(params, problem_.student_rows);
+    return begin(params, problem_.student_rows);
+  }
+
+  /// The same for the triangular kernels.
+  TriangularGradient triangular(const Pending& pending) const {
+    return {&problem_,     grad_kl_,         pending.row_grads,
+            lse_student_,  lse_teacher_,     pending.params.largest_grad,
+            output_scale_, pending.gradient, pending.params.redo};
   }
 
   /// Gradient of the keys of the pair form, summed over the rows' heads that share them. After rows(), whose kernels
@@ -269,7 +195,40 @@ class BackwardCall {
     params.heads = narrow(problem_.student_keys.size(1));
     params.other_heads = params.owner_student.group;
     params.column_term = true;
-    return run(params, problem_.student_keys);
+    return finish(begin(params, problem_.student_keys), std::nullopt);
+  }
+
+  /// @param left what triangular_backward says of the problem
+  at::Tensor finish(const Pending& pending, const std::optional<LeftHeads>& left) const {
+    constexpr const char* kAction = "backward";
+    const at::Device device = problem_.device();
+    const cudaStream_t stream = current_stream(device);
+    BackwardParams params = pending.params;
+    const at::Tensor& gradient = pending.gradient;
+    const bool expanded = left && pending.row_grads != nullptr;
+    const at::Tensor grad_kl = expanded ? grad_kl_ : grad_kl_.contiguous();
+    params.grad_kl = expanded ? pending.row_grads : grad_kl.const_data_ptr();
+    if (float64_) {
+      check_launch(backward_in_double(params, Blocks::kAll, stream), kAction, device);
+      return gradient;
+    }
+    if (!left) pending.memory.narrow(0, 0, pending.mark_ints).zero_();
+    params.only_heads = left ? left->heads : nullptr;
+    if (!sets_backward(problem_, params)) check_launch(backward(params, stream), kAction, device);
+
+    // Float statistics cannot hold what made the marks: all again in double.
+    const auto wide = [&] { return row_tensor(problem_, at::kDouble); };
+    const RowTensors statistics{center_.defined() ? wide() : at::Tensor(), wide(), wide()};
+    ForwardParams again = center_params();
+    set_outputs(again, statistics);
+    again.redo = params.redo;
+    check_launch(forward_in_double(again, Blocks::kAllIfAnyIsMarked, stream), kAction, device);
+    params.lse_student = statistics.lse_student.const_data_ptr();
+    params.lse_teacher = statistics.lse_teacher.const_data_ptr();
+    params.center = statistics.kl.defined() ? statistics.kl.const_data_ptr() : nullptr;
+    params.wide_statistics = true;
+    check_launch(backward_in_double(params, Blocks::kMarked, stream), kAction, device);
+    return gradient;
   }
 
  private:
@@ -319,52 +278,17 @@ class BackwardCall {
     return params;
   }
 
-  at::Tensor run(BackwardParams params, const at::Tensor& owners) const {
-    constexpr const char* kAction = "backward";
-    const at::Device device = problem_.device();
-    const cudaStream_t stream = current_stream(device);
-    at::Tensor gradient = at::empty(owners.sizes(), owners.options());
-    params.gradient = gradient.mutable_data_ptr();
-    at::Tensor grad_kl = grad_kl_;
-    if (float64_) {
-      grad_kl = grad_kl.contiguous();
-      params.grad_kl = grad_kl.const_data_ptr();
-      check_launch(backward_in_double(params, Blocks::kAll, stream), kAction, device);
-      return gradient;
-    }
-    const int64_t problems = owners.size(0) * owners.size(1);
-    const int64_t mark_ints = mark_count(problems, owners.size(2));
+  Pending begin(BackwardParams params, const at::Tensor& owners) const {
+    Pending pending{params, at::empty(owners.sizes(), owners.options()), {}, nullptr, 0};
+    pending.params.gradient = pending.gradient.mutable_data_ptr();
+    if (float64_) return pending;
+    pending.mark_ints = mark_count(owners.size(0) * owners.size(1), owners.size(2));
     const bool expand = problem_.relation && !grad_kl_.is_contiguous();
     const int64_t row_floats = expand ? grad_kl_.numel() : 0;
-    // Marks, and the upstream gradient of each row where the triangular kernels write it out.
-    const at::Tensor memory = at::empty({mark_ints + row_floats}, owners.options().dtype(at::kInt));
-    params.redo = memory.mutable_data_ptr<int>();
-    auto* const row_grads = expand ? reinterpret_cast<float*>(params.redo + mark_ints) : nullptr;
-    {
-      const auto left = triangular_backward(problem_, {grad_kl_, row_grads, lse_student_, lse_teacher_,
-                                                       params.largest_grad, output_scale_, gradient, params.redo});
-      if (!left) {
-        memory.narrow(0, 0, mark_ints).zero_();
-        grad_kl = grad_kl.contiguous();
-      }
-      params.grad_kl = left && expand ? row_grads : grad_kl.const_data_ptr();
-      params.only_heads = left ? left->heads : nullptr;
-      if (!sets_backward(problem_, params)) check_launch(backward(params, stream), kAction, device);
-    }
-
-    // Float statistics cannot hold what made the marks: all again in double.
-    const auto wide = [&] { return row_tensor(problem_, at::kDouble); };
-    const RowTensors statistics{center_.defined() ? wide() : at::Tensor(), wide(), wide()};
-    ForwardParams again = center_params();
-    set_outputs(again, statistics);
-    again.redo = params.redo;
-    check_launch(forward_in_double(again, Blocks::kAllIfAnyIsMarked, stream), kAction, device);
-    params.lse_student = statistics.lse_student.const_data_ptr();
-    params.lse_teacher = statistics.lse_teacher.const_data_ptr();
-    params.center = statistics.kl.defined() ? statistics.kl.const_data_ptr() : nullptr;
-    params.wide_statistics = true;
-    check_launch(backward_in_double(params, Blocks::kMarked, stream), kAction, device);
-    return gradient;
+    pending.memory = at::empty({pending.mark_ints + row_floats}, owners.options().dtype(at::kInt));
+    pending.params.redo = pending.memory.mutable_data_ptr<int>();
+    if (expand) pending.row_grads = reinterpret_cast<float*>(pending.params.redo + pending.mark_ints);
+    return pending;
   }
 };
 
@@ -394,6 +318,59 @@ struct CudaBackend {
     Problem problem = problem_of(arguments);
     if (problem.empty()) return at::zeros(arguments.student.sizes(), arguments.student.options());
     return backward_call(grad_kl, lse_student, lse_teacher, arguments, std::move(problem)).rows();
+  }
+
+  /// All relations of one call see the same, and those that the same triangular kernels take share their launches.
+  static ThreeTensorVectors layer_forward(const std::vector<RelationArguments>& relations) {
+    const KernelScope scope;
+    const c10::DeviceGuard guard(device_of(relations[0]));
+    std::optional<VisibilityMemory> visibility;
+    std::vector<ForwardCall> calls;
+    calls.reserve(relations.size());
+    std::vector<TriangularRows> rows;
+    for (const RelationArguments& arguments : relations) {
+      const ForwardCall& call = calls.emplace_back(arguments, problem_of(arguments, &visibility));
+      rows.push_back({&call.problem, call.to});
+    }
+    const std::vector<std::optional<ListedRows>> listed = triangular_forward(rows);
+    ThreeTensorVectors results;
+    for (size_t i = 0; i < calls.size(); ++i) {
+      auto [kl, lse_student, lse_teacher] = calls[i].finish(listed[i]);
+      std::get<0>(results).push_back(std::move(kl));
+      std::get<1>(results).push_back(std::move(lse_student));
+      std::get<2>(results).push_back(std::move(lse_teacher));
+    }
+    return results;
+  }
+
+  static TensorVector layer_backward(at::TensorList grad_kl,
+                                     at::TensorList lse_student,
+                                     at::TensorList lse_teacher,
+                                     const std::vector<RelationArguments>& relations) {
+    const KernelScope scope;
+    const c10::DeviceGuard guard(device_of(relations[0]));
+    std::optional<VisibilityMemory> visibility;
+    std::vector<std::optional<BackwardCall>> calls(relations.size());
+    std::vector<BackwardCall::Pending> pending(relations.size());
+    std::vector<TriangularGradient> gradients;
+    std::vector<size_t> places;
+    TensorVector results(relations.size());
+    for (size_t i = 0; i < relations.size(); ++i) {
+      const RelationArguments& arguments = relations[i];
+      Problem problem = problem_of(arguments, &visibility);
+      if (problem.empty()) {
+        results[i] = at::zeros(arguments.student.sizes(), arguments.student.options());
+        continue;
+      }
+      calls[i].emplace(backward_call(grad_kl[i], lse_student[i], lse_teacher[i], arguments, std::move(problem)));
+      pending[i] = calls[i]->begin_rows();
+      gradients.push_back(calls[i]->triangular(pending[i]));
+      places.push_back(i);
+    }
+    const std::vector<std::optional<LeftHeads>> left = triangular_backward(gradients);
+    for (size_t i = 0; i < places.size(); ++i)
+      results[places[i]] = calls[places[i]]->finish(pending[places[i]], left[i]);
+    return results;
   }
 
   static TwoTensors attention_backward(const at::Tensor& grad_kl,
@@ -428,22 +405,6 @@ struct CudaBackend {
     return to.lse_teacher;
   }
 };
-
-at::Tensor mean_of_rows(const at::Tensor& kl) {
-  const c10::DeviceGuard guard(kl.device());
-  const bool wide = kl.scalar_type() == at::kDouble;
-  TORCH_CHECK(wide || kl.scalar_type() == at::kFloat, "mean_of_rows: kl must be float32 or float64, got ",
-              kl.scalar_type());
-  TORCH_CHECK(kl.numel() > 0, "mean_of_rows: kl must not be empty");
-  const at::Tensor values = kl.contiguous();
-  const at::Tensor partial = at::empty({kMeanPartials}, kl.options().dtype(at::kDouble));
-  at::Tensor result = at::empty({}, kl.options());
-  check_launch(mean({values.const_data_ptr(), wide ? Scalar::kDouble : Scalar::kFloat, values.numel(),
-                     partial.mutable_data_ptr<double>(), result.mutable_data_ptr()},
-                    current_stream(kl.device())),
-               "mean of rows", kl.device());
-  return result;
-}
 
 }  // namespace
 
@@ -493,7 +454,4 @@ ExecutionPlan relation_plan(const RelationArguments& arguments) {
 
 }  // namespace linearard::cuda
 
-TORCH_LIBRARY_IMPL(linearard, CUDA, m) {
-  linearard::Kernels<linearard::cuda::CudaBackend>::register_in(m);
-  m.impl("mean_of_rows", &linearard::cuda::mean_of_rows);
-}
+TORCH_LIBRARY_IMPL(linearard, CUDA, m) { linearard::Kernels<linearard::cuda::CudaBackend>::register_in(m); }

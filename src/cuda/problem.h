@@ -1,5 +1,7 @@
 #pragma once
 
+#include <optional>
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
@@ -7,6 +9,7 @@
 
 #include "arguments.h"
 #include "cuda/tensors.h"
+#include "logit_form.h"
 
 // What the host side of all CUDA kernels works on.
 
@@ -37,6 +40,30 @@ struct Problem {
     return statistics_dtype_of(student_rows, student_keys, teacher_rows, teacher_keys) == at::kDouble;
   }
 };
+
+/// @param shared what the rows see, for calls of several relations that see the same: used where it is there, else
+///        written
+Problem problem_of(const RelationArguments& arguments, std::optional<VisibilityMemory>* shared = nullptr);
+Problem problem_of(const AttentionArguments& arguments);
+
+Divergence kernel_divergence(linearard::Divergence divergence);
+
+/// KL(Q || P) is KL(P || Q) with the roles exchanged.
+void exchange_roles(Problem& problem);
+
+/// Brings x into the teacher's scale where the scales allow to compute the logits' difference as one; 0 where they do
+/// not.
+double difference_ratio(const Problem& problem);
+
+/// Of the dense kernels, without outputs.
+/// @param form of float64 inputs; @param ratios of measured_ratios
+ForwardParams forward_params(const Problem& problem, const LogitForm* form, const at::Tensor& ratios);
+
+/// Whether the vectors decide about the difference form too, head by head: for the generic kernels.
+bool measures_closeness(const Problem& problem);
+
+/// What ForwardParams::difference_ratios points to, made on the device; undefined where nothing reads it.
+at::Tensor measured_ratios(const Problem& problem);
 
 /// Statistics [B, H, N] of the rows.
 inline at::Tensor row_tensor(const Problem& problem, at::ScalarType dtype) {

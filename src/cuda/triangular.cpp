@@ -1,7 +1,9 @@
 #include "cuda/triangular.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <string_view>
+#include <vector>
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -35,7 +37,7 @@ bool runs_on_hopper(const Params& params) {
 }
 
 bool is_eligible(const Problem& p) {
-  return enabled_kernels() != Kernels::kNone && p.relation && !p.packed && !p.float64() &&
+  return enabled_kernels() != Kernels::kNone && p.relation && !p.empty() && !p.packed && !p.float64() &&
          p.divergence == linearard::Divergence::kForwardKL && p.scale_student > 0 && p.scale_teacher > 0;
 }
 
@@ -59,6 +61,88 @@ Params params_of(const Problem& p) {
   params.mask = p.memory.visibility.row_mask;
   params.factors = factors_of(p);
   return params;
+}
+
+/// Of the kernels that take the problem, if any.
+std::optional<TriangularForwardParams> forward_params_of(const Problem& problem) {
+  auto params = params_of<TriangularForwardParams>(problem);
+  if (triangular::takes(params)) return params;
+  return std::nullopt;
+}
+
+/// Likewise. Where the gradients of a tile's rows and columns do not fit into registers together, Hopper goes row by
+/// row.
+std::optional<TriangularBackwardParams> backward_params_of(const Problem& problem) {
+  auto params = params_of<TriangularBackwardParams>(problem);
+  if (triangular::takes(params)) return params;
+  params.traversal = Traversal::kRows;
+  if (runs_on_hopper(params)) return params;
+  return std::nullopt;
+}
+
+/// Whether the kernels write the gradient itself, and no sums in float.
+bool writes_result(const TriangularBackwardParams& params) {
+  return params.traversal == Traversal::kRows && runs_on_hopper(params);
+}
+
+/// Whether the kernels of a call serve one relation only: those of Hopper that go row by row.
+bool stands_alone(const TriangularForwardParams& p) {
+  return (p.causal || p.traversal == Traversal::kRows) && runs_on_hopper(p);
+}
+bool stands_alone(const TriangularBackwardParams& p) { return writes_result(p); }
+
+/// Whether one launch serves both.
+template <typename Params>
+bool can_share(const Params& a, const Params& b) {
+  return a.student.type == b.student.type && a.student.dim == b.student.dim && a.batch == b.batch &&
+         a.tokens == b.tokens && a.causal == b.causal && a.traversal == b.traversal && a.mask == b.mask &&
+         a.factors.student == b.factors.student && a.factors.teacher == b.factors.teacher &&
+         runs_on_hopper(a) == runs_on_hopper(b);
+}
+
+/// Relations of a call that one set of launches serves.
+template <typename Params>
+struct Group {
+  Params params;
+  std::vector<size_t> places;  ///< in the call
+
+  int64_t tokens() const { return params.tokens; }
+  int64_t problems() const { return params.group.problems; }
+  int64_t heads(size_t r) const { return int64_t{params.batch} * params.group.heads[r]; }  ///< of all batch entries
+};
+
+/// @param relations with a member `problem`; those that the kernels do not take are in no group
+/// @param params_of_taken forward_params_of or backward_params_of
+template <typename Params, typename Relation>
+std::vector<Group<Params>> groups_of(const std::vector<Relation>& relations,
+                                     std::optional<Params> (*params_of_taken)(const Problem&)) {
+  std::vector<Group<Params>> groups;
+  for (size_t i = 0; i < relations.size(); ++i) {
+    const Problem& problem = *relations[i].problem;
+    if (!is_eligible(problem)) continue;
+    const std::optional<Params> taken = params_of_taken(problem);
+    if (!taken) continue;
+    const Params& params = *taken;
+    const auto has_room = [&](const Group<Params>& group) {
+      return group.places.size() < kLargestGroup && can_share(group.params, params);
+    };
+    auto group = stands_alone(params) ? groups.end() : std::find_if(groups.begin(), groups.end(), has_room);
+    if (group == groups.end()) group = groups.insert(groups.end(), {params, {}});
+    group->params.vectors.student[group->places.size()] = params.student;
+    group->params.vectors.teacher[group->places.size()] = params.teacher;
+    group->places.push_back(i);
+  }
+  for (Group<Params>& group : groups) {
+    std::vector<int> heads;
+    int64_t problems = 0;
+    for (const size_t place : group.places) {
+      heads.push_back(narrow(relations[place].problem->heads()));
+      problems += int64_t{group.params.batch} * heads.back();
+    }
+    narrow(problems);
+    group.params.group = RelationGroup::of(group.params.batch, heads.data(), static_cast<int>(heads.size()));
+  }
+  return groups;
 }
 
 /// One block of memory, given away part by part.
@@ -95,21 +179,6 @@ int64_t backward_floats(int64_t problems, int64_t tokens, int64_t dim) {
   return problems * ((dim + kFloats<BackwardToken>)*tokens + 1);
 }
 
-/// Whether the kernels write the gradient itself, and no sums in float.
-bool writes_result(const TriangularBackwardParams& params) {
-  return params.traversal == Traversal::kRows && runs_on_hopper(params);
-}
-
-/// Of the kernels that take the problem, if any. Where the gradients of a tile's rows and columns do not fit into
-/// registers together, Hopper visits it row by row.
-std::optional<TriangularBackwardParams> backward_params_of(const Problem& problem) {
-  auto params = params_of<TriangularBackwardParams>(problem);
-  if (triangular::takes(params)) return params;
-  params.traversal = Traversal::kRows;
-  if (runs_on_hopper(params)) return params;
-  return std::nullopt;
-}
-
 }  // namespace
 
 bool hopper_is_enabled() { return enabled_kernels() == Kernels::kAll; }
@@ -120,93 +189,128 @@ bool is_expanded_scalar(const at::Tensor& tensor) {
   return tensor.numel() > 0;
 }
 
-std::optional<ListedRows> triangular_forward(const Problem& problem, const RowTensors& to) {
-  if (!is_eligible(problem)) return std::nullopt;
-  auto params = params_of<TriangularForwardParams>(problem);
-  if (!triangular::takes(params)) return std::nullopt;
+namespace {
 
-  const at::Device device = problem.device();
-  const int64_t tokens = problem.rows();
-  const int64_t problems = problem.batch() * problem.heads();
-  const int64_t marks = mark_count(problems, tokens);
+void run_group(const Group<TriangularForwardParams>& group,
+               const std::vector<TriangularRows>& relations,
+               std::vector<std::optional<ListedRows>>& results) {
+  const Problem& first = *relations[group.places[0]].problem;
+  const at::Device device = first.device();
+  const int64_t tokens = group.tokens();
+  const int64_t problems = group.problems();
+  const size_t count = group.places.size();
+  int64_t marks = 0;
+  for (size_t r = 0; r < count; ++r)
+    marks += mark_count(group.heads(r), tokens);
   Arena arena(at::empty({forward_floats(problems, tokens) + marks}, floats(device)));
-  auto* token_values = arena.take<ForwardToken>(problems * tokens);
-  auto* own = arena.take<OwnLogit>(problems * tokens);
-  auto* sums = arena.take<float>(problems * kSums * tokens);
-  auto* lists = arena.take<int>(problems * tokens);
-  auto* counts = arena.take<int>(problems);
-  auto* centers = arena.take<float>(problems);
-  auto* wide_heads = arena.take<int>(problems);
-  auto* largest = arena.take<int>(marks);
-  auto* redo = arena.take<int>(marks);
+  TriangularForwardParams params = group.params;
+  PrepareForwardParams prepare{};
+  FinishForwardParams finish{};
+  prepare.group = finish.group = params.group;
+  prepare.vectors = params.vectors;
+  prepare.tokens = params.tokens;
+  prepare.mask = params.mask;
+  prepare.scale_student = first.scale_student;
+  prepare.scale_teacher = first.scale_teacher;
+  finish.visibility = first.memory.visibility;
+  finish.factors = params.factors;
+  finish.ordered = first.deterministic;
+  params.token_values = finish.token_values = prepare.token_values = arena.take<ForwardToken>(problems * tokens);
+  params.own = prepare.own = arena.take<OwnLogit>(problems * tokens);
+  finish.own = params.own;
+  params.sums = prepare.sums = arena.take<float>(problems * kSums * tokens);
+  finish.sums = params.sums;
+  finish.row_lists = arena.take<int>(problems * tokens);
+  finish.row_counts = prepare.row_counts = arena.take<int>(problems);
+  params.centers = finish.centers = prepare.centers = arena.take<float>(problems);
+  params.wide_heads = finish.wide_heads = prepare.wide_heads = arena.take<int>(problems);
+  prepare.largest = arena.take<int>(mark_count(problems, tokens));
+  for (size_t r = 0; r < count; ++r) {
+    const RowTensors& to = relations[group.places[r]].to;
+    prepare.redo[r] = arena.take<int>(mark_count(group.heads(r), tokens));
+    finish.rows[r] = {to.kl.mutable_data_ptr<float>(), to.lse_student.mutable_data_ptr<float>(),
+                      to.lse_teacher.mutable_data_ptr<float>()};
+  }
 
   constexpr const char* kAction = "forward";
   const cudaStream_t stream = current_stream(device);
-  check_launch(triangular::prepare_forward({params.student, params.teacher, params.batch, params.heads, params.tokens,
-                                            params.mask, problem.scale_student, problem.scale_teacher, largest,
-                                            token_values, own, centers, wide_heads, sums, counts, redo},
-                                           stream),
-               kAction, device);
-  params.token_values = token_values;
-  params.centers = centers;
-  params.wide_heads = wide_heads;
-  params.sums = sums;
-  params.own = own;
+  check_launch(triangular::prepare_forward(prepare, stream), kAction, device);
   check_launch(
       runs_on_hopper(params) ? launch_triangular_forward_sm90(params, stream) : triangular::forward(params, stream),
       kAction, device);
-  check_launch(triangular::finish_forward(
-                   {params.batch, params.heads, problem.memory.visibility, params.factors, token_values, own, centers,
-                    wide_heads, sums, to.kl.mutable_data_ptr<float>(), to.lse_student.mutable_data_ptr<float>(),
-                    to.lse_teacher.mutable_data_ptr<float>(), counts, lists, problem.deterministic},
-                   stream),
-               kAction, device);
-  return ListedRows{arena.memory(), counts, lists, redo};
+  check_launch(triangular::finish_forward(finish, stream), kAction, device);
+  for (size_t r = 0; r < count; ++r) {
+    const int64_t before = params.group.first[r];
+    results[group.places[r]] =
+        ListedRows{arena.memory(), finish.row_counts + before, finish.row_lists + before * tokens, prepare.redo[r]};
+  }
 }
 
-std::optional<LeftHeads> triangular_backward(const Problem& problem, const TriangularGradient& to) {
-  if (!is_eligible(problem)) return std::nullopt;
-  const auto taken = backward_params_of(problem);
-  if (!taken) return std::nullopt;
-  TriangularBackwardParams params = *taken;
-
-  const at::Device device = problem.device();
-  const int64_t tokens = problem.rows();
-  const int64_t problems = problem.batch() * problem.heads();
+void run_group(const Group<TriangularBackwardParams>& group,
+               const std::vector<TriangularGradient>& relations,
+               std::vector<std::optional<LeftHeads>>& results) {
+  const TriangularGradient& first = relations[group.places[0]];
+  const at::Device device = first.problem->device();
+  const int64_t tokens = group.tokens();
+  const int64_t problems = group.problems();
+  TriangularBackwardParams params = group.params;
   const int64_t dim = writes_result(params) ? 0 : params.student.dim;  // of sums
-  Arena arena(at::empty({backward_floats(problems, tokens, dim)}, floats(device)));
   const int64_t elements = problems * tokens * dim;
-  auto* sums = arena.take<float>(elements);
-  auto* token_values = arena.take<BackwardToken>(problems * tokens);
-  auto* wide_heads = arena.take<int>(problems);
+  Arena arena(at::empty({backward_floats(problems, tokens, dim)}, floats(device)));
+  PrepareBackwardParams prepare{};
+  FinishBackwardParams finish{};
+  prepare.group = finish.group = params.group;
+  prepare.visibility = first.problem->memory.visibility;
+  finish.type = params.student.type;
+  finish.tokens = params.tokens;
+  finish.dim = params.student.dim;
+  finish.output_scale = first.output_scale;
+  params.gradient = prepare.gradient = arena.take<float>(elements);
+  finish.sums = params.gradient;
+  params.token_values = prepare.token_values = arena.take<BackwardToken>(problems * tokens);
+  params.wide_heads = finish.wide_heads = prepare.wide_heads = arena.take<int>(problems);
+  prepare.gradient_floats = elements;
+  params.result = first.gradient.mutable_data_ptr();
+  params.output_scale = first.output_scale;
+  params.largest_grad = first.largest_grad;
+  params.redo = first.redo;
+  for (size_t r = 0; r < group.places.size(); ++r) {
+    const TriangularGradient& to = relations[group.places[r]];
+    prepare.rows[r] = {to.grad_kl.const_data_ptr<float>(),
+                       is_expanded_scalar(to.grad_kl),
+                       to.lse_student.const_data_ptr<float>(),
+                       to.lse_teacher.const_data_ptr<float>(),
+                       to.largest_grad,
+                       to.row_grads,
+                       to.redo};
+    finish.relations[r] = {to.gradient.mutable_data_ptr(), to.largest_grad, to.redo};
+  }
 
   constexpr const char* kAction = "backward";
   const cudaStream_t stream = current_stream(device);
-  check_launch(
-      triangular::prepare_backward({params.batch, params.heads, problem.memory.visibility,
-                                    to.grad_kl.const_data_ptr<float>(), is_expanded_scalar(to.grad_kl),
-                                    to.lse_student.const_data_ptr<float>(), to.lse_teacher.const_data_ptr<float>(),
-                                    to.largest_grad, token_values, wide_heads, to.row_grads, sums, elements, to.redo},
-                                   stream),
-      kAction, device);
-  params.token_values = token_values;
-  params.wide_heads = wide_heads;
-  params.gradient = sums;
-  params.result = to.gradient.mutable_data_ptr();
-  params.output_scale = to.output_scale;
-  params.largest_grad = to.largest_grad;
-  params.redo = to.redo;
+  check_launch(triangular::prepare_backward(prepare, stream), kAction, device);
   check_launch(
       runs_on_hopper(params) ? launch_triangular_backward_sm90(params, stream) : triangular::backward(params, stream),
       kAction, device);
-  if (!writes_result(params)) {
-    check_launch(triangular::finish_backward({params.student.type, params.batch, params.heads, params.tokens,
-                                              params.student.dim, to.output_scale, to.largest_grad, wide_heads,
-                                              params.gradient, to.gradient.mutable_data_ptr(), to.redo},
-                                             stream),
-                 kAction, device);
-  }
-  return LeftHeads{arena.memory(), wide_heads};
+  if (!writes_result(params)) check_launch(triangular::finish_backward(finish, stream), kAction, device);
+  for (size_t r = 0; r < group.places.size(); ++r)
+    results[group.places[r]] = LeftHeads{arena.memory(), finish.wide_heads + params.group.first[r]};
+}
+
+}  // namespace
+
+std::vector<std::optional<ListedRows>> triangular_forward(const std::vector<TriangularRows>& relations) {
+  std::vector<std::optional<ListedRows>> results(relations.size());
+  for (const auto& group : groups_of(relations, &forward_params_of))
+    run_group(group, relations, results);
+  return results;
+}
+
+std::vector<std::optional<LeftHeads>> triangular_backward(const std::vector<TriangularGradient>& relations) {
+  std::vector<std::optional<LeftHeads>> results(relations.size());
+  for (const auto& group : groups_of(relations, &backward_params_of))
+    run_group(group, relations, results);
+  return results;
 }
 
 TriangularWorkspace triangular_workspace(const Problem& problem) {

@@ -1,11 +1,12 @@
 #pragma once
 
 #include <optional>
+#include <vector>
 
 #include "cuda/problem.h"
 
 // The host side of cuda/triangular: self-relations of one 16-bit type and the forward KL, dense or causal, with padding
-// but not packed.
+// but not packed. Relations of a call that differ in nothing but heads and strides share their launches.
 
 namespace linearard::cuda {
 
@@ -21,8 +22,15 @@ struct ListedRows {
   RedoMarks redo;  ///< all clear
 };
 
-/// Writes the rows of a problem. Empty where the triangular kernels do not take it; nothing is written then.
-std::optional<ListedRows> triangular_forward(const Problem& problem, const RowTensors& to);
+/// A problem and where its rows are written.
+struct TriangularRows {
+  const Problem* problem;
+  RowTensors to;
+};
+
+/// Writes the rows of each problem. Nothing for those that the triangular kernels do not take; they are left as they
+/// are. Problems that see the same rows have the same memory of visibility.
+std::vector<std::optional<ListedRows>> triangular_forward(const std::vector<TriangularRows>& relations);
 
 /// Heads whose gradient is left to the dense kernels, as BackwardParams takes them.
 struct LeftHeads {
@@ -31,21 +39,22 @@ struct LeftHeads {
 };
 
 struct TriangularGradient {
-  const at::Tensor& grad_kl;      ///< [B, H, N] float, contiguous or expanded from one number
-  float* row_grads;               ///< [B, H, N] where grad_kl is written out for the dense kernels; null: not wanted
-  const at::Tensor& lse_student;  ///< likewise
-  const at::Tensor& lse_teacher;  ///< likewise
-  const float* largest_grad;      ///< null but for half
+  const Problem* problem;
+  at::Tensor grad_kl;         ///< [B, H, N] float, contiguous or expanded from one number
+  float* row_grads;           ///< [B, H, N] where grad_kl is written out for the dense kernels; null: not wanted
+  at::Tensor lse_student;     ///< likewise
+  at::Tensor lse_teacher;     ///< likewise
+  const float* largest_grad;  ///< null but for half
   double output_scale;
-  const at::Tensor& gradient;  ///< [B, H, N, D] of the student's type, contiguous: written
-  RedoMarks redo;              ///< cleared
+  at::Tensor gradient;  ///< [B, H, N, D] of the student's type, contiguous: written
+  RedoMarks redo;       ///< cleared
 };
 
 /// Whether all elements are one number in memory.
 bool is_expanded_scalar(const at::Tensor& tensor);
 
-/// Writes the gradient of a problem. Empty where the triangular kernels do not take it; nothing is written then.
-std::optional<LeftHeads> triangular_backward(const Problem& problem, const TriangularGradient& to);
+/// Writes the gradient of each problem; likewise.
+std::vector<std::optional<LeftHeads>> triangular_backward(const std::vector<TriangularGradient>& relations);
 
 /// Upper bounds on the memory of both, for the plan; 0 where the kernels do not take the problem.
 struct TriangularWorkspace {

@@ -1,19 +1,18 @@
-#include <algorithm>
-#include <climits>
 #include <cmath>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
 #include <emulation/block.h>
-#include <instantiations/declarations.h>
-#include <triangular/instantiations.h>
 #include <triangular/launch.h>
 
 #include "kernel_parameters.h"
 #include "reference.h"
+#include "triangular_steps.h"
 
 // The triangular kernels with the steps before and after them, run on the CPU by tests/emulation, against float64.
 
@@ -22,155 +21,8 @@ namespace {
 
 using cuda::Traversal;
 using testing::KernelProblem;
-
-template <typename Params>
-Params params_of(const KernelProblem& problem, Traversal traversal) {
-  constexpr double kUnit = 1.4426950408889634;
-  Params params{};
-  params.student = testing::vectors_of(problem.student_rows, problem.heads());
-  params.teacher = testing::vectors_of(problem.teacher_rows, problem.heads());
-  params.batch = static_cast<int>(problem.batch());
-  params.heads = static_cast<int>(problem.heads());
-  params.tokens = static_cast<int>(problem.rows());
-  params.causal = problem.causal;
-  params.traversal = traversal;
-  params.mask = problem.memory.visibility.row_mask;
-  params.factors = {static_cast<float>(problem.scale_teacher() * kUnit),
-                    static_cast<float>(problem.scale_student() * kUnit),
-                    static_cast<float>(1 - problem.scale_teacher() / problem.scale_student())};
-  return params;
-}
-
-cudaError_t launch(const cuda::TriangularForwardParams& p) {
-  namespace kernels = cuda::triangular;
-  if (p.student.type == cuda::Scalar::kHalf) return kernels::launch_forward<__half, 128>(p, nullptr);
-  if (p.student.dim <= 64) return kernels::launch_forward<__nv_bfloat16, 64>(p, nullptr);
-  if (p.student.dim <= 80) return kernels::launch_forward<__nv_bfloat16, 80>(p, nullptr);
-  return kernels::launch_forward<__nv_bfloat16, 256>(p, nullptr);
-}
-
-cudaError_t launch(const cuda::TriangularBackwardParams& p) {
-  namespace kernels = cuda::triangular;
-  if (p.student.type == cuda::Scalar::kHalf) return kernels::launch_backward<__half, 128>(p, nullptr);
-  if (p.student.dim <= 64) return kernels::launch_backward<__nv_bfloat16, 64>(p, nullptr);
-  return kernels::launch_backward<__nv_bfloat16, 80>(p, nullptr);
-}
-
-/// The rows of a forward, and how many of them were left to the dense kernels.
-struct Rows {
-  testing::ForwardResult result;
-  int64_t listed;
-};
-
-/// All three steps; the listed rows are computed by the dense kernels where they exist for the type and dimension.
-Rows run_forward(const KernelProblem& problem, Traversal traversal) {
-  auto params = params_of<cuda::TriangularForwardParams>(problem, traversal);
-  const int64_t problems = problem.batch() * problem.heads();
-  const int64_t tokens = problem.rows();
-  const auto memory = [&](int64_t floats) { return at::full({problems, floats}, NAN, at::kFloat); };
-  // What has to be zero is zeroed by the first step.
-  const at::Tensor sums = memory(cuda::kSums * tokens);
-  const at::Tensor token_values = memory(2 * tokens);
-  const at::Tensor own = memory(2 * tokens);
-  const at::Tensor centers = memory(1);
-  const at::Tensor wide_heads = at::full({problems}, -1, at::kInt);
-  const at::Tensor counts = at::full({problems}, -1, at::kInt);
-  const at::Tensor largest = at::full({problems, (tokens + 63) / 64}, INT_MAX, at::kInt);
-  const at::Tensor lists = at::full({problems, tokens}, -1, at::kInt);
-  auto* const values = reinterpret_cast<cuda::ForwardToken*>(token_values.mutable_data_ptr<float>());
-  auto* const own_logits = reinterpret_cast<cuda::OwnLogit*>(own.mutable_data_ptr<float>());
-  const testing::ForwardResult result = testing::empty_result(problem);
-  result.marks.fill_(-1);
-
-  EXPECT_EQ(cuda::triangular::prepare_forward(
-                {params.student, params.teacher, params.batch, params.heads, params.tokens, params.mask,
-                 problem.scale_student(), problem.scale_teacher(), largest.mutable_data_ptr<int>(), values, own_logits,
-                 centers.mutable_data_ptr<float>(), wide_heads.mutable_data_ptr<int>(), sums.mutable_data_ptr<float>(),
-                 counts.mutable_data_ptr<int>(), result.marks.mutable_data_ptr<int>()},
-                nullptr),
-            cudaSuccess);
-  EXPECT_EQ(sums.abs().sum().item<double>(), 0);
-  EXPECT_EQ(counts.abs().sum().item<int64_t>(), 0);
-  EXPECT_EQ(result.marks.abs().sum().item<int64_t>(), 0);
-  params.token_values = values;
-  params.wide_heads = wide_heads.const_data_ptr<int>();
-  params.sums = sums.mutable_data_ptr<float>();
-  params.own = own_logits;
-  const bool ordered = traversal == Traversal::kRows;
-  EXPECT_EQ(launch(params), cudaSuccess);
-  EXPECT_EQ(cuda::triangular::finish_forward(
-                {params.batch, params.heads, problem.memory.visibility, params.factors, values, own_logits,
-                 centers.const_data_ptr<float>(), params.wide_heads, params.sums, result.kl.mutable_data_ptr<float>(),
-                 result.lse_student.mutable_data_ptr<float>(), result.lse_teacher.mutable_data_ptr<float>(),
-                 counts.mutable_data_ptr<int>(), lists.mutable_data_ptr<int>(), ordered},
-                nullptr),
-            cudaSuccess);
-  const auto listed = counts.sum().item<int64_t>();
-  for (int64_t problem_index = 0; ordered && problem_index < problems; ++problem_index) {
-    const at::Tensor list = lists[problem_index].narrow(0, 0, counts[problem_index].item<int64_t>());
-    EXPECT_TRUE(list.numel() < 2 || (list.diff() > 0).all().item<bool>());
-  }
-  if (listed > 0) {
-    cuda::ForwardParams dense = testing::forward_params(problem, result);
-    dense.row_counts = counts.const_data_ptr<int>();
-    dense.row_lists = lists.const_data_ptr<int>();
-    const cudaError_t error = params.student.type == cuda::Scalar::kHalf
-                                  ? cuda::mma::launch_forward<__half, 128>(dense, nullptr)
-                                  : cuda::mma::launch_forward<__nv_bfloat16, 64>(dense, nullptr);
-    EXPECT_EQ(error, cudaSuccess);
-  }
-  return {result, listed};
-}
-
-struct Gradient {
-  at::Tensor gradient;
-  at::Tensor wide_heads;
-};
-
-Gradient run_backward(const KernelProblem& problem,
-                      Traversal traversal,
-                      const at::Tensor& grad_kl,
-                      const testing::ForwardResult& rows) {
-  auto params = params_of<cuda::TriangularBackwardParams>(problem, traversal);
-  const int64_t problems = problem.batch() * problem.heads();
-  const int64_t tokens = problem.rows();
-  const at::Tensor token_values = at::full({problems, 4 * tokens}, NAN, at::kFloat);
-  const at::Tensor wide_heads = at::full({problems}, -1, at::kInt);
-  const at::Tensor sums = at::full({problems, tokens, params.student.dim}, NAN, at::kFloat);
-  const at::Tensor gradient = at::full_like(problem.student_rows, NAN).contiguous();
-  const at::Tensor marks = testing::clear_marks(problems, tokens).fill_(-1);
-  const at::Tensor row_grads = at::full({problems, tokens}, NAN, at::kFloat);
-  const bool one_grad = grad_kl.stride(-1) == 0;
-  const at::Tensor largest = -grad_kl.abs().max();  // any sign will do
-  auto* const values = reinterpret_cast<cuda::BackwardToken*>(token_values.mutable_data_ptr<float>());
-  const float* const largest_grad =
-      params.student.type == cuda::Scalar::kHalf ? largest.const_data_ptr<float>() : nullptr;
-
-  EXPECT_EQ(cuda::triangular::prepare_backward(
-                {params.batch, params.heads, problem.memory.visibility, grad_kl.const_data_ptr<float>(), one_grad,
-                 rows.lse_student.const_data_ptr<float>(), rows.lse_teacher.const_data_ptr<float>(), largest_grad,
-                 values, wide_heads.mutable_data_ptr<int>(), one_grad ? row_grads.mutable_data_ptr<float>() : nullptr,
-                 sums.mutable_data_ptr<float>(), sums.numel(), marks.mutable_data_ptr<int>()},
-                nullptr),
-            cudaSuccess);
-  EXPECT_EQ(sums.abs().sum().item<double>(), 0);
-  EXPECT_EQ(marks.abs().sum().item<int64_t>(), 0);
-  if (one_grad) {
-    EXPECT_TRUE(at::equal(row_grads, grad_kl.reshape({problems, tokens})));
-  }
-  params.token_values = values;
-  params.wide_heads = wide_heads.const_data_ptr<int>();
-  params.gradient = sums.mutable_data_ptr<float>();
-  EXPECT_EQ(launch(params), cudaSuccess);
-  EXPECT_EQ(
-      cuda::triangular::finish_backward({params.student.type, params.batch, params.heads, params.tokens,
-                                         params.student.dim, problem.scale_student(), largest_grad, params.wide_heads,
-                                         params.gradient, gradient.mutable_data_ptr(), marks.mutable_data_ptr<int>()},
-                                        nullptr),
-      cudaSuccess);
-  EXPECT_EQ(marks.sum().item<int64_t>(), 0);
-  return {gradient, wide_heads};
-}
+using testing::run_backward;
+using testing::run_forward;
 
 struct Case {
   at::ScalarType type;
@@ -306,7 +158,7 @@ TEST(EmulatedTriangularRows, StepsTakeManyTokens) {
   auto [student, teacher] = testing::student_and_teacher(1, 2, kTokens, 8, at::kBFloat16);
   teacher.select(1, 1).select(1, kTokens - 1).fill_(16);
   const KernelProblem problem = testing::relation_problem(student, teacher);
-  const auto params = params_of<cuda::TriangularForwardParams>(problem, Traversal::kTriangular);
+  const auto params = testing::triangular_params<cuda::TriangularForwardParams>({problem}, Traversal::kTriangular);
   const auto memory = [&](int64_t floats) { return at::full({2, floats}, NAN, at::kFloat); };
   const auto ints = [](at::IntArrayRef shape) { return at::full(shape, -1, at::kInt); };
   const at::Tensor sums = memory(cuda::kSums * kTokens);
@@ -317,15 +169,21 @@ TEST(EmulatedTriangularRows, StepsTakeManyTokens) {
   const at::Tensor counts = ints({2});
   const at::Tensor largest = ints({2, (kTokens + 63) / 64});
   const at::Tensor marks = testing::clear_marks(2, kTokens).fill_(-1);
-  ASSERT_EQ(cuda::triangular::prepare_forward(
-                {params.student, params.teacher, params.batch, params.heads, params.tokens, params.mask,
-                 problem.scale_student(), problem.scale_teacher(), largest.mutable_data_ptr<int>(),
-                 reinterpret_cast<cuda::ForwardToken*>(token_values.mutable_data_ptr<float>()),
-                 reinterpret_cast<cuda::OwnLogit*>(own.mutable_data_ptr<float>()), centers.mutable_data_ptr<float>(),
-                 wide.mutable_data_ptr<int>(), sums.mutable_data_ptr<float>(), counts.mutable_data_ptr<int>(),
-                 marks.mutable_data_ptr<int>()},
-                nullptr),
-            cudaSuccess);
+  cuda::PrepareForwardParams prepare{};
+  prepare.group = params.group;
+  prepare.vectors = params.vectors;
+  prepare.tokens = params.tokens;
+  prepare.scale_student = problem.scale_student();
+  prepare.scale_teacher = problem.scale_teacher();
+  prepare.largest = largest.mutable_data_ptr<int>();
+  prepare.token_values = reinterpret_cast<cuda::ForwardToken*>(token_values.mutable_data_ptr<float>());
+  prepare.own = reinterpret_cast<cuda::OwnLogit*>(own.mutable_data_ptr<float>());
+  prepare.centers = centers.mutable_data_ptr<float>();
+  prepare.wide_heads = wide.mutable_data_ptr<int>();
+  prepare.sums = sums.mutable_data_ptr<float>();
+  prepare.row_counts = counts.mutable_data_ptr<int>();
+  prepare.redo[0] = marks.mutable_data_ptr<int>();
+  ASSERT_EQ(cuda::triangular::prepare_forward(prepare, nullptr), cudaSuccess);
   EXPECT_EQ(sums.abs().sum().item<double>() + marks.abs().sum().item<double>(), 0);
   const auto squares = [](const at::Tensor& x, double scale) {
     return x.to(at::kDouble).square().sum(-1).view({2, kTokens}) * (scale * 1.4426950408889634);
@@ -347,14 +205,17 @@ TEST(EmulatedTriangularRows, StepsTakeManyTokens) {
   const at::Tensor gradient = memory(8 * kTokens);
   wide.fill_(-1);
   marks.fill_(-1);
-  ASSERT_EQ(cuda::triangular::prepare_backward(
-                {1, 2, problem.memory.visibility, grads.const_data_ptr<float>(), false, moved.const_data_ptr<float>(),
-                 lse.const_data_ptr<float>(), nullptr,
-                 reinterpret_cast<cuda::BackwardToken*>(backward_values.mutable_data_ptr<float>()),
-                 wide.mutable_data_ptr<int>(), nullptr, gradient.mutable_data_ptr<float>(), gradient.numel(),
-                 marks.mutable_data_ptr<int>()},
-                nullptr),
-            cudaSuccess);
+  cuda::PrepareBackwardParams before{};
+  before.group = params.group;
+  before.visibility = problem.memory.visibility;
+  before.rows[0] = {grads.const_data_ptr<float>(), false,   moved.const_data_ptr<float>(),
+                    lse.const_data_ptr<float>(),   nullptr, nullptr,
+                    marks.mutable_data_ptr<int>()};
+  before.token_values = reinterpret_cast<cuda::BackwardToken*>(backward_values.mutable_data_ptr<float>());
+  before.wide_heads = wide.mutable_data_ptr<int>();
+  before.gradient = gradient.mutable_data_ptr<float>();
+  before.gradient_floats = gradient.numel();
+  ASSERT_EQ(cuda::triangular::prepare_backward(before, nullptr), cudaSuccess);
   EXPECT_EQ(gradient.abs().sum().item<double>() + marks.abs().sum().item<double>(), 0);
   EXPECT_EQ(wide[0].item<int>(), 0);
   EXPECT_EQ(wide[1].item<int>(), 1);
@@ -369,11 +230,16 @@ TEST(EmulatedTriangularRows, StepsTakeManyTokens) {
   gradient[0][8 * 8191 + 3] = INFINITY;
   wide.zero_();
   const at::Tensor result = at::full({2, 8 * kTokens}, NAN, at::kBFloat16);
-  ASSERT_EQ(cuda::triangular::finish_backward(
-                {cuda::Scalar::kBFloat16, 1, 2, kTokens, 8, 0.5, nullptr, wide.const_data_ptr<int>(),
-                 gradient.const_data_ptr<float>(), result.mutable_data_ptr(), marks.mutable_data_ptr<int>()},
-                nullptr),
-            cudaSuccess);
+  cuda::FinishBackwardParams finish{};
+  finish.type = cuda::Scalar::kBFloat16;
+  finish.group = params.group;
+  finish.tokens = kTokens;
+  finish.dim = 8;
+  finish.output_scale = 0.5;
+  finish.wide_heads = wide.const_data_ptr<int>();
+  finish.sums = gradient.const_data_ptr<float>();
+  finish.relations[0] = {result.mutable_data_ptr(), nullptr, marks.mutable_data_ptr<int>()};
+  ASSERT_EQ(cuda::triangular::finish_backward(finish, nullptr), cudaSuccess);
   const at::Tensor expected = (exact * 0.5).to(at::kBFloat16);
   expected[0][8 * 8191 + 3] = 3.3895313892515355e38;
   EXPECT_TRUE(at::equal(result, expected));

@@ -82,6 +82,9 @@ Params params_of(const Relation& r, const Problem& p, const at::Tensor& wide_hea
   params.causal = r.causal;
   params.traversal = r.rows ? cuda::Traversal::kRows : cuda::Traversal::kTriangular;
   params.factors = p.factors;
+  params.group = cuda::RelationGroup::of(params.batch, &params.heads, 1);
+  params.vectors.student[0] = params.student;
+  params.vectors.teacher[0] = params.teacher;
   params.wide_heads = wide_heads.const_data_ptr<int>();
   return params;
 }

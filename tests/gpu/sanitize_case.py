@@ -51,6 +51,16 @@ def attention(head_dim: int, dtype: torch.dtype, **options) -> None:
     check(kl, *ops.attention_kl_backward(torch.ones_like(kl), *inputs, lse_student, lse_teacher, **options))
 
 
+def layer(head_dim: int, dtype: torch.dtype, *, batch: int = 1, **options) -> None:
+    """Queries, keys and values: three relations of different heads, and of different strides."""
+    teachers = [random(batch, heads, TOKENS, head_dim, dtype=dtype) for heads in (2 * HEADS, HEADS, HEADS)]
+    students = [random(batch, TOKENS, x.shape[1], head_dim, dtype=dtype).transpose(1, 2) for x in teachers]
+    students = [x.requires_grad_() for x in students]
+    loss = ops.layer_relation_kl(students, teachers, **options)
+    loss.sum().backward()
+    check(loss.detach(), *(x.grad for x in students))
+
+
 def main() -> int:
     mask = (torch.rand(2, TOKENS, generator=generator) > 0.3).cuda()
     packed = torch.tensor([0, 1, 70, TOKENS], dtype=torch.int32).cuda()
@@ -58,9 +68,11 @@ def main() -> int:
         for head_dim in HEAD_DIMS:
             relation(head_dim, dtype)
             relation(head_dim, dtype, causal=True)
+            layer(head_dim, dtype)
     # Both widths of a warp's rows, and the kernels without tensor cores in float and in double.
     for head_dim, dtype in ((64, torch.bfloat16), (256, torch.float16), (40, torch.float32), (40, torch.float64)):
         relation(head_dim, dtype, batch=2, key_padding_mask=mask)
+        layer(head_dim, dtype, batch=2, key_padding_mask=mask, causal=True)
         relation(head_dim, dtype, cu_seqlens=packed, causal=True)
         relation(head_dim, dtype, divergence="jsd")
         relation(head_dim, dtype, divergence="reverse_kl", causal=True)

@@ -68,6 +68,23 @@ def test_kernels_are_the_operators(device):
     assert torch.equal(_C.relation_lse(teacher, scale=0.2, causal=True, deterministic=True), lse)
 
 
+def test_layer_relation_kl_is_the_operator(device):
+    pairs = [pair(device=device), pair(device=device)]
+    students, teachers = [p[0] for p in pairs], [p[1] for p in pairs]
+    options = {"causal": True, "scale_teacher": 0.2, "deterministic": True}
+    rows = ops.layer_relation_kl_forward(students, teachers, **options)
+    gradients = ops.layer_relation_kl_backward(rows[0], students, teachers, *rows[1:], **options)
+    for module in (_C, linearard):
+        loss = module.layer_relation_kl(students, teachers, num_items=torch.tensor(9, device=device), **options)
+        assert torch.equal(
+            loss, ops.layer_relation_kl(students, teachers, num_items=torch.tensor(9, device=device), **options)
+        )
+        for left, right in zip(module.layer_relation_kl_forward(students, teachers, **options), rows, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+        own = module.layer_relation_kl_backward(rows[0], students, teachers, *rows[1:], **options)
+        assert all(torch.equal(a, b) for a, b in zip(own, gradients, strict=True))
+
+
 def test_attention_kl_is_the_operator(device):
     query, query_teacher = pair(device=device)
     key, key_teacher = pair(tokens=90, device=device)

@@ -46,15 +46,15 @@ def test_a_step_dispatches_few_operators(tmp_path: Path) -> None:
     assert sum(full.values()) / LAYERS < 235
     assert sum(local.values()) / LAYERS < 235
     assert full["aten._to_copy"] / LAYERS < 36
-    # One call for all layers of a self-relation, and one for the attention map.
-    assert full["linearard.relation_kl_forward"] == full["linearard.relation_kl_backward"] == 3
+    # One call for the self-relations of all layers, and one for the attention maps.
+    assert full["linearard.layer_relation_kl_forward"] == full["linearard.layer_relation_kl_backward"] == 1
     assert full["linearard.attention_kl_forward"] == full["linearard.attention_kl_backward"] == 1
 
 
 @pytest.mark.parametrize("gradients", ["full", "local"])
 def test_a_step_that_is_not_logged_never_waits_for_the_device(gradients: str, tmp_path: Path) -> None:
     calls = count_step(tmp_path, gradients=gradients).count.calls
-    assert calls["linearard.relation_kl_forward"] > 0
+    assert calls["linearard.layer_relation_kl_forward"] > 0
     waiting = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.item", "aten.equal")
     assert {name: calls[name] for name in waiting if calls[name]} == {}
 
