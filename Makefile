@@ -64,7 +64,9 @@ test-python: $(DEVELOPMENT) cpp-trainer
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 cpp-trainer: $(BUILT) .nlohmann-json ## Build examples/cpp_trainer against the installed package
+	@# Half of the files at a time: torch's headers are most of the compile time.
 	$(BIN)/cmake -S examples/cpp_trainer -B build/cpp_trainer -G Ninja \
+	  -D CMAKE_UNITY_BUILD=ON -D CMAKE_UNITY_BUILD_BATCH_SIZE=6 -D CMAKE_DISABLE_PRECOMPILE_HEADERS=ON \
 	  -D CMAKE_PREFIX_PATH="$$($(BIN)/python -m linearard --cmake-prefix-path)"
 	$(BIN)/cmake --build build/cpp_trainer
 
