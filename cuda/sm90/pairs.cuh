@@ -39,7 +39,7 @@ template <bool kAllNear>
 __device__ ForwardTerms forward_terms(const ElementFactors& f, float d, float exponent) {
   const float e = exp2_approximate(exponent);
   const float moment = e * d;
-  const float phi = moment * (d * fmaf(d, fmaf(d, fmaf(d, f.k5, f.k4), f.k3), f.k2));
+  const float phi = moment * (d * f.phi_over_square(d));
   if constexpr (kAllNear) return {e, moment, phi};
   const float other = f.of_student(d, exponent);
   return {e, moment, fabsf(d) < f.near ? phi : fmaf(-f.nats, moment, other - e)};

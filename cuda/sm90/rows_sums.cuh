@@ -60,7 +60,7 @@ __device__ void add_row_fragments(const float (&difference)[kElements],
       const float d = difference[4 * n + c];
       const float exponent = fmaf(teacher[4 * n + c], f.teacher, shift[r]);
       float e = exp2_approximate(exponent);
-      const float phi = d * d * fmaf(d, fmaf(d, fmaf(d, f.k5, f.k4), f.k3), f.k2);
+      const float phi = d * d * f.phi_over_square(d);
       if constexpr (kAllNear) {
         sums.mass[r] += e;
         sums.moment[r] = fmaf(e, d, sums.moment[r]);

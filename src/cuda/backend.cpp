@@ -158,8 +158,9 @@ class BackwardCall {
 
   /// Gradient of the rows; of a self-relation: of the tokens as rows and as keys.
   at::Tensor rows() const {
-    Pending pending = begin_rows();
-    return finish(pending, triangular_backward({triangular(pending)})[0]);
+    const Pending pending = begin_rows();
+    auto left = triangular_backward({triangular(pending)});
+    return finish(pending, std::move(left[0]));
   }
 
   Pending begin_rows() const {
@@ -198,8 +199,8 @@ class BackwardCall {
     return finish(begin(params, problem_.student_keys), std::nullopt);
   }
 
-  /// @param left what triangular_backward says of the problem
-  at::Tensor finish(const Pending& pending, const std::optional<LeftHeads>& left) const {
+  /// @param left what triangular_backward says of the problem; its memory is given up before the steps in double
+  at::Tensor finish(const Pending& pending, std::optional<LeftHeads> left) const {
     constexpr const char* kAction = "backward";
     const at::Device device = problem_.device();
     const cudaStream_t stream = current_stream(device);
@@ -215,6 +216,7 @@ class BackwardCall {
     if (!left) pending.memory.narrow(0, 0, pending.mark_ints).zero_();
     params.only_heads = left ? left->heads : nullptr;
     if (!sets_backward(problem_, params)) check_launch(backward(params, stream), kAction, device);
+    left.reset();
 
     // Float statistics cannot hold what made the marks: all again in double.
     const auto wide = [&] { return row_tensor(problem_, at::kDouble); };
@@ -367,9 +369,9 @@ struct CudaBackend {
       gradients.push_back(calls[i]->triangular(pending[i]));
       places.push_back(i);
     }
-    const std::vector<std::optional<LeftHeads>> left = triangular_backward(gradients);
+    std::vector<std::optional<LeftHeads>> left = triangular_backward(gradients);
     for (size_t i = 0; i < places.size(); ++i)
-      results[places[i]] = calls[places[i]]->finish(pending[places[i]], left[i]);
+      results[places[i]] = calls[places[i]]->finish(pending[places[i]], std::move(left[i]));
     return results;
   }
 
