@@ -35,7 +35,8 @@ TIDY_FILES = $(shell git ls-files --cached --others --exclude-standard 'src/*.cp
 TIDY_ARGS := --extra-arg=-fno-openmp --extra-arg=-Wno-ignored-gch --extra-arg=-Wno-unknown-warning-option
 PYTHON_DIRS = $(wildcard python tests examples benchmarks tools)
 
-PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
+# Without byte code: most modules of the packages are never imported, and Python compiles those that are.
+PIP_INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 INSTALL_PACKAGE := $(PIP_INSTALL) --no-build-isolation --config-settings build-dir=$(BUILD)
 
 .DEFAULT_GOAL := help
