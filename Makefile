@@ -5,8 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BUILD ?= build/release
 MINUTES ?= 5
-# One process for each core: the tests compute on one thread.
-PYTEST_ARGS ?= -n logical
+# One process for each core: the tests compute on one thread. A process without work takes another one's.
+PYTEST_ARGS ?= -n logical --dist worksteal
 GPU_TEST_ARGS ?=
 FUZZ_ARGS ?=
 # At most one compile job for each 2 GiB of memory: torch's headers are large.
@@ -22,6 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Stamps: what has been done to the environment.
 TOOLS := $(VENV)/.tools
 BUILT := $(VENV)/.built
+TESTING := $(VENV)/.testing
 DEVELOPMENT := $(VENV)/.development
 
 # What the compiled part depends on; Python files are used in place.
@@ -56,12 +57,12 @@ demo: $(BUILT) ## Damage a real language model by RoPE scaling, restore it, and 
 
 test: test-cpp test-python ## Configure, build, and run the C++ and the Python tests
 
-test-cpp: $(DEVELOPMENT) .googletest
+test-cpp: $(BUILT) .googletest
 	$(BIN)/cmake -S . -B $(BUILD) -D LINEARARD_BUILD_TESTS=ON
 	$(BIN)/cmake --build $(BUILD)
 	$(BIN)/ctest --test-dir $(BUILD) --parallel $(JOBS) --output-on-failure --no-tests=error
 
-test-python: $(DEVELOPMENT) cpp-trainer
+test-python: $(TESTING) cpp-trainer
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 cpp-trainer: $(BUILT) .nlohmann-json ## Build examples/cpp_trainer against the installed package
@@ -142,9 +143,13 @@ $(BUILT): $(SOURCES) $(TOOLS)
 	@touch $@
 
 # Order-only: a change of a source file builds once, through $(BUILT).
+$(TESTING): pyproject.toml constraints.txt | $(BUILT)
+	$(INSTALL_PACKAGE) --editable '.[train,plot,eval,test]'
+	@touch $@ $(BUILT)
+
 $(DEVELOPMENT): pyproject.toml constraints.txt | $(BUILT)
 	$(INSTALL_PACKAGE) --editable '.[train,plot,eval,dev]'
-	@touch $@ $(BUILT)
+	@touch $@ $(BUILT) $(TESTING)
 
 # Not on PyPI. Root installs the system's packages; CMake tells everybody else.
 define install_system_package
