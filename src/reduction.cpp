@@ -60,8 +60,11 @@ at::Tensor reduce_relations(at::TensorList kl,
   std::optional<at::Tensor> count = num_items;
   if (reduction == Reduction::kMean && !count && (row_weight || row_mask)) {
     const bool wide = std::any_of(kl.begin(), kl.end(), [](const auto& x) { return x.scalar_type() == at::kDouble; });
-    const auto weight = weights_of(row_mask, row_weight, wide ? at::kDouble : at::kFloat);
-    count = weight ? weight->sum() : row_mask->sum();
+    if (const auto weight = weights_of(row_mask, row_weight, wide ? at::kDouble : at::kFloat)) {
+      count = weight->sum();
+    } else if (row_mask) {
+      count = row_mask->sum();
+    }
   }
   std::vector<at::Tensor> losses;
   losses.reserve(kl.size());
