@@ -15,7 +15,8 @@ cudaError_t prepare_arguments(Arguments& arguments, const Params& p, int owners,
   const int longest = (p.tokens + kTileTokens - 1) / kTileTokens;
   const int64_t head_bytes = int64_t{4} * p.tokens * p.student.dim;  // of both sides
   arguments.params = p;
-  arguments.schedule = Schedule::make(p.group.problems, token_blocks, longest, head_bytes, multiprocessors);
+  arguments.schedule =
+      Schedule::make(p.group.problems, token_blocks, longest, owners / kTileTokens, head_bytes, multiprocessors);
   for (int r = 0; r < kLargestGroup && p.group.first[r] < p.group.problems; ++r) {
     const int heads = p.group.heads[r];
     cudaError_t error = map_vectors(arguments.student[r], p.vectors.student[r], p.batch, heads, p.tokens);

@@ -8,7 +8,8 @@
 namespace linearard::cuda::sm90 {
 
 inline Schedule schedule_of_rows(int problems, int owners, int block, int64_t head_bytes, int multiprocessors) {
-  Schedule schedule = Schedule::make(problems, (owners + block - 1) / block, 1, head_bytes, multiprocessors);
+  Schedule schedule = Schedule::make(problems, (owners + block - 1) / block, 1, 0, head_bytes, multiprocessors);
+  schedule.last_blocks = 0;
   schedule.parts = 1;
   return schedule;
 }

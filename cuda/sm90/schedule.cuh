@@ -1,7 +1,7 @@
 #pragma once
 
 #include <algorithm>
-#include <climits>
+#include <cmath>
 #include <cstdint>
 
 #include "instructions.cuh"
@@ -29,23 +29,36 @@ inline constexpr int kTileTokens = 64;
 
 /// A block of threads owns a block of tokens of one head and walks over other tokens in tiles. Walks have different
 /// lengths; the hardware hands out blocks of threads in order, so the long ones come first. Heads are taken in groups
-/// whose vectors stay in the L2 cache. Where there are fewer walks than multiprocessors, each is cut into parts.
+/// whose vectors stay in the L2 cache; but the short walks of all heads fill the end, where a group's long ones would
+/// leave most multiprocessors idle. Where there are fewer walks than multiprocessors, or the longest one alone would
+/// take longer than all do together, each is cut into parts.
 struct Schedule {
   int heads;
   int heads_of_group;
   int token_blocks;
+  int last_blocks;  ///< of the token blocks, those whose walks come after all others
   int parts;
 
   int64_t blocks() const { return static_cast<int64_t>(heads) * token_blocks * parts; }
 
-  /// @param longest tiles of the longest walk, @param head_bytes of one head's vectors
-  static Schedule make(int heads, int token_blocks, int longest, int64_t head_bytes, int multiprocessors) {
+  /// @param longest tiles of the longest walk, @param step that each is shorter than the one before it,
+  /// @param head_bytes of one head's vectors
+  static Schedule make(int heads, int token_blocks, int longest, int step, int64_t head_bytes, int multiprocessors) {
     constexpr int64_t kCacheBytes = int64_t{24} << 20;
     constexpr int kShortestPart = 4;
+    constexpr double kLastWork = 1.6;
     const int64_t walks = static_cast<int64_t>(heads) * token_blocks;
-    const int wanted = static_cast<int>(std::min<int64_t>(2 * multiprocessors / std::max<int64_t>(walks, 1), INT_MAX));
-    return {heads, static_cast<int>(std::clamp<int64_t>(kCacheBytes / std::max<int64_t>(head_bytes, 1), 1, heads)),
-            token_blocks, std::clamp(wanted, 1, std::max(longest / kShortestPart, 1))};
+    int64_t wanted = 2 * multiprocessors / std::max<int64_t>(walks, 1);
+    // A part more costs the owners' vectors again: an eighth is let pass.
+    const int64_t of_head = token_blocks * (2 * int64_t{longest} - int64_t{step} * (token_blocks - 1)) / 2;
+    const int64_t share = std::max<int64_t>(of_head * heads / multiprocessors, 1);  // of a multiprocessor, in tiles
+    if (longest > share + share / 8) wanted = std::max(wanted, (longest + share - 1) / share);
+    const auto group = static_cast<int>(std::clamp<int64_t>(kCacheBytes / std::max<int64_t>(head_bytes, 1), 1, heads));
+    // The work at the end grows with the square of their number: it is about that of the longest walk on each
+    // multiprocessor.
+    const double last = std::sqrt(kLastWork * multiprocessors * token_blocks / std::max(heads, 1));
+    return {heads, group, token_blocks, group < heads ? static_cast<int>(std::min<double>(last, token_blocks)) : 0,
+            static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max(longest / kShortestPart, 1)))};
   }
 };
 
@@ -55,17 +68,34 @@ struct Walk {
   int token_block;  ///< 0 has the longest walk
   int part;
 
+  // All blocks of a group are no more than the grid's, so 32 bits hold them; divisions of 64 are calls.
   __device__ static Walk of_block(const Schedule& schedule, int block) {
-    const int head_blocks = schedule.token_blocks * schedule.parts;
-    const int64_t group_blocks = static_cast<int64_t>(head_blocks) * schedule.heads_of_group;
-    const int first = static_cast<int>(block / group_blocks) * schedule.heads_of_group;
-    const int heads = min(schedule.heads_of_group, schedule.heads - first);
-    const int index = static_cast<int>(block % group_blocks);
-    return {first + index % heads, index / heads / schedule.parts, index / heads % schedule.parts};
+    const int first_blocks = schedule.token_blocks - schedule.last_blocks;
+    const int head_blocks = first_blocks * schedule.parts;
+    auto index = static_cast<uint32_t>(block);
+    int first = 0;
+    int heads = schedule.heads;
+    int token_block = 0;
+    if (block >= head_blocks * schedule.heads) {
+      index -= static_cast<uint32_t>(head_blocks * schedule.heads);
+      token_block = first_blocks;
+    } else {
+      const auto group_blocks = static_cast<uint32_t>(head_blocks * schedule.heads_of_group);
+      const uint32_t group = index / group_blocks;
+      index -= group * group_blocks;
+      first = static_cast<int>(group) * schedule.heads_of_group;
+      heads = min(schedule.heads_of_group, schedule.heads - first);
+    }
+    const uint32_t walk = index / static_cast<uint32_t>(heads);
+    const int head = first + static_cast<int>(index - walk * static_cast<uint32_t>(heads));
+    if (schedule.parts == 1) return {head, token_block + static_cast<int>(walk), 0};
+    const auto parts = static_cast<uint32_t>(schedule.parts);
+    return {head, token_block + static_cast<int>(walk / parts), static_cast<int>(walk % parts)};
   }
 
   /// Where part `part` of `tiles` begins.
   __device__ static int part_begin(const Schedule& schedule, int part, int tiles) {
+    if (schedule.parts == 1) return part * tiles;
     return static_cast<int>(static_cast<int64_t>(tiles) * part / schedule.parts);
   }
 };
