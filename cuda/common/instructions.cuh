@@ -39,6 +39,24 @@ __device__ inline int anew(int x) {
   return same;
 }
 
+// --- a kernel that begins before the one ahead of it in the stream has ended (see launch_overlapping) ----------------
+
+/// Waits until the kernels ahead have ended and what they wrote is seen. Every thread's first access to memory that
+/// another kernel touches, be it to read or to write, comes after it. Without such a launch there is nothing to wait
+/// for.
+__device__ inline void wait_for_kernels_ahead() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+/// Once all blocks have come here or ended, the blocks of the next kernel may take what room there is. They wait there
+/// for the end of this one, so nothing has to be done before.
+__device__ inline void let_next_kernel_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 /// 2^x to 2 units in the last place; results below the normal range are 0.
 __device__ inline float exp2_approximate(float x) {
   float result;

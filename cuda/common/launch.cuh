@@ -31,6 +31,49 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...),
   return cudaGetLastError();
 }
 
+/// Whether the current device runs the code that waits by itself: it is compiled for sm_90a, and for no other device
+/// that could.
+inline bool kernels_can_overlap() {
+#ifdef LINEARARD_WITH_SM90A
+  int device = 0;
+  int major = 0;
+  int minor = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
+         minor == 0;
+#else
+  return false;
+#endif
+}
+
+/// The same for a kernel all of whose threads call wait_for_kernels_ahead: on Hopper its blocks begin while the kernel
+/// ahead of it in the stream still runs, or ends (programmatic dependent launch).
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_overlapping(void (*kernel)(Parameters...),
+                               dim3 grid,
+                               int threads,
+                               int shared_bytes,
+                               cudaStream_t stream,
+                               const Arguments&... arguments) {
+  if (!kernels_can_overlap()) return launch_kernel(kernel, grid, threads, shared_bytes, stream, arguments...);
+  if (shared_bytes > 0) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute overlaps{};
+  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlaps.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &overlaps;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 }  // namespace linearard::cuda
 
 #endif
@@ -57,6 +100,19 @@ cudaError_t launch_blocks(void (*kernel)(const Params),
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
   return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, stream, params);
+}
+
+/// Likewise, with launch_overlapping.
+template <typename Params>
+cudaError_t launch_overlapping_blocks(void (*kernel)(const Params),
+                                      const Params& params,
+                                      int64_t blocks,
+                                      int threads,
+                                      int shared_bytes,
+                                      cudaStream_t stream) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
+  return launch_overlapping(kernel, dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, stream, params);
 }
 
 }  // namespace linearard::cuda

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "../common/instructions.cuh"
 #include "tiles.cuh"
 
 namespace linearard::cuda::generic {
@@ -337,6 +338,8 @@ class Backward {
 template <typename Real>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const __grid_constant__ BackwardParams params, int blocks, bool repeat) {
+  let_next_kernel_begin();
+  wait_for_kernels_ahead();
   if (repeat && params.redo[0] == 0) return;
   auto& shared = *reinterpret_cast<BackwardShared<Real>*>(dynamic_shared_memory());
   // In shared memory: registers are what this kernel is short of.

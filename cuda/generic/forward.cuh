@@ -1,5 +1,6 @@
 #pragma once
 
+#include "../common/instructions.cuh"
 #include "tiles.cuh"
 
 namespace linearard::cuda::generic {
@@ -211,6 +212,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ Staged<Real> staged;
   __shared__ int scratch[2];
   __shared__ int current;  // not in a register, which are scarcer
+  let_next_kernel_begin();
+  wait_for_kernels_ahead();
   if ((repeat || all_blocks) && params.redo[0] == 0) return;
   if (threadIdx.x == 0) current = static_cast<int>(blockIdx.x);
   __syncthreads();

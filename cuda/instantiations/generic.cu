@@ -23,8 +23,8 @@ cudaError_t launch_forward(const ForwardParams& params, Blocks blocks, cudaStrea
   const int64_t per_head = (static_cast<int64_t>(params.visibility.rows) + kTile - 1) / kTile;
   const int64_t count = per_head * params.batch * params.heads;
   if (count > INT_MAX) return cudaErrorInvalidConfiguration;
-  return launch_kernel(forward_kernel<Real>, dim3(grid_blocks(count, blocks)), kThreads, 0, stream, params,
-                       static_cast<int>(count), blocks == Blocks::kMarked, blocks == Blocks::kAllIfAnyIsMarked);
+  return launch_overlapping(forward_kernel<Real>, dim3(grid_blocks(count, blocks)), kThreads, 0, stream, params,
+                            static_cast<int>(count), blocks == Blocks::kMarked, blocks == Blocks::kAllIfAnyIsMarked);
 }
 
 template <typename Real>
@@ -35,8 +35,8 @@ cudaError_t launch_backward(const BackwardParams& params, Blocks blocks, cudaStr
   const int slices = (params.owner_student.dim + kSlice - 1) / kSlice;
   constexpr int kSharedBytes = sizeof(BackwardShared<Real>);
   const dim3 grid(grid_blocks(count, blocks), static_cast<unsigned>(slices));
-  return launch_kernel(backward_kernel<Real>, grid, kThreads, kSharedBytes, stream, params, static_cast<int>(count),
-                       blocks == Blocks::kMarked);
+  return launch_overlapping(backward_kernel<Real>, grid, kThreads, kSharedBytes, stream, params,
+                            static_cast<int>(count), blocks == Blocks::kMarked);
 }
 
 template cudaError_t launch_forward<float>(const ForwardParams&, Blocks, cudaStream_t);

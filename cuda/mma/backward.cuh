@@ -383,6 +383,8 @@ class Backward {
 
 template <typename T, int kDim, int kSlabs>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_constant__ BackwardParams params) {
+  let_next_kernel_begin();
+  wait_for_kernels_ahead();
   Backward<T, kDim, kSlabs>::run(params, dynamic_shared_memory());
 }
 

@@ -17,14 +17,25 @@ class Forward {
   /// After the vectors: the block's range of keys.
   static constexpr int kSharedBytes = S::kColumns + 16;
 
+  /// All blocks of rows in a grid of as many; or the listed ones, which are few as a rule, in any grid.
   __device__ static void run(const ForwardParams& p, char* shared) {
     const int blocks = (p.visibility.rows + kOwners - 1) / kOwners;
-    const int64_t problem = blockIdx.x / blocks;
-    // Causal rows see more keys the later they come: the long blocks start first.
-    const int block = blocks - 1 - static_cast<int>(blockIdx.x % blocks);
-    if (p.row_counts != nullptr && block * kOwners >= p.row_counts[problem]) return;
-    Forward(p, shared, static_cast<int>(problem / p.heads), static_cast<int>(problem % p.heads), block * kOwners)
-        .run_block();
+    if (p.row_counts == nullptr) {
+      const int64_t problem = blockIdx.x / blocks;
+      // Causal rows see more keys the later they come: the long blocks start first.
+      run_one(p, shared, problem, blocks - 1 - static_cast<int>(blockIdx.x % blocks));
+      return;
+    }
+    if (!is_any(p.row_counts, p.batch * p.heads)) return;
+    const int64_t count = static_cast<int64_t>(blocks) * p.batch * p.heads;
+#pragma unroll 1
+    for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {
+      const int64_t problem = i / blocks;
+      const int block = static_cast<int>(i % blocks);
+      if (block * kOwners >= p.row_counts[problem]) continue;
+      run_one(p, shared, problem, block);
+      leave_shared_memory();
+    }
   }
 
  private:
@@ -54,6 +65,11 @@ class Forward {
         key_mask_(p.visibility.key_mask == nullptr
                       ? nullptr
                       : p.visibility.key_mask + static_cast<int64_t>(batch) * p.visibility.keys) {}
+
+  __device__ static void run_one(const ForwardParams& p, char* shared, int64_t problem, int block) {
+    Forward(p, shared, static_cast<int>(problem / p.heads), static_cast<int>(problem % p.heads), block * kOwners)
+        .run_block();
+  }
 
   __device__ static int64_t head_index(const ForwardParams& p, int batch, int head) {
     return static_cast<int64_t>(batch) * p.heads + head;
@@ -256,6 +272,8 @@ class Forward {
 
 template <typename T, int kDim, int kSlabs>
 __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_constant__ ForwardParams params) {
+  let_next_kernel_begin();
+  wait_for_kernels_ahead();
   Forward<T, kDim, kSlabs>::run(params, dynamic_shared_memory());
 }
 

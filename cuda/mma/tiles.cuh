@@ -15,6 +15,21 @@ inline constexpr int kOthers = 32;  ///< columns of a tile
 inline constexpr int kColumnGroups = kOthers / 8;
 inline constexpr int kStages = 2;
 
+/// Whether one of `count` numbers is not 0; asked by all threads of the block together.
+__device__ inline bool is_any(const int* numbers, int count) {
+  int any = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads)
+    any |= numbers[i];
+  return __syncthreads_or(any) != 0;
+}
+
+/// Before a block of threads begins another block of tokens: no thread reads, and no copy is under way.
+__device__ inline void leave_shared_memory() {
+  copy_commit();
+  copy_wait<0>();
+  __syncthreads();
+}
+
 /// Rows of shared memory with kDim elements of 2 bytes in chunks of 16 bytes, placed so that the 8 rows of a matrix
 /// load lie in different banks: by exclusive or where the chunks of a row are a multiple of 8, else by one more chunk.
 template <int kDim>

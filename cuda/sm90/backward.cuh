@@ -67,9 +67,12 @@ class Backward {
 
   __device__ static void run(const BackwardArguments& arguments) {
     const Walk walk = Walk::of_block(arguments.schedule, static_cast<int>(blockIdx.x));
-    if (arguments.params.wide_heads[walk.head] != 0) return;
     const Plan plan = plan_of(arguments, walk);
-    if (plan.tiles > 0) Backward(arguments, plan).run_block();
+    const Backward backward(arguments, plan);
+    // Vectors are what no step of the call writes: they are on their way before the steps ahead have ended.
+    if (plan.tiles > 0 && threadIdx.x == 0) backward.begin();
+    wait_for_kernels_ahead();
+    if (plan.tiles > 0) backward.run_block(arguments.params.wide_heads[walk.head] != 0);
   }
 
  private:
@@ -116,23 +119,11 @@ class Backward {
   __device__ uint32_t out_at(int group) const { return shared_ + kOut + group * kOutBoxes * kOutBox; }
   __device__ uint32_t h_at(int buffer) const { return shared_ + kH + buffer * kHBytes; }
 
-  __device__ void run_block() {
-    constexpr int kWarps = kConsumerThreads / 32;
-    if (threadIdx.x == 0) {
-      mbarrier_init(owners_loaded(), 1);
-      for (int s = 0; s < kStages; ++s) {
-        mbarrier_init(full(s), 1);
-        mbarrier_init(empty(s), kWarps);
-      }
-      for (int b = 0; b < 2; ++b) {
-        mbarrier_init(h_full(b), kWarps);
-        mbarrier_init(h_empty(b), kShareTile ? kWarps : kWarps / kGroups);
-      }
-      for (int g = 0; g < kGroups; ++g) {
-        mbarrier_init(out_full(g), kWarps / kGroups);
-        mbarrier_init(out_empty(g), 1);
-      }
-      fence_mbarrier_init();
+  __device__ void run_block(bool is_wide) const {
+    if (is_wide) {
+      // The copies that have begun end while their memory is the block's.
+      if (threadIdx.x == 0) mbarrier_wait(owners_loaded(), 0);
+      return;
     }
     __syncthreads();
     const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
@@ -161,14 +152,34 @@ class Backward {
     tma_load_4d(shared, from.map, barrier, chunk * kChunkDims, token, from.head, from.batch);
   }
 
-  __device__ void produce() const {
+  __device__ Source source_of(const CUtensorMap (&maps)[kLargestGroup]) const {
     const triangular::Place place = triangular::place_of(p_.group, plan().head);
-    const Source student{&arguments_.student[place.relation], place.batch, place.head};
-    const Source teacher{&arguments_.teacher[place.relation], place.batch, place.head};
+    return {&maps[place.relation], place.batch, place.head};
+  }
+
+  /// The block's first steps, by one thread: barriers and owners.
+  __device__ void begin() const {
+    constexpr int kWarps = kConsumerThreads / 32;
+    const Source student = source_of(arguments_.student);
+    const Source teacher = source_of(arguments_.teacher);
     prefetch_tensor_map(student.map);
     prefetch_tensor_map(teacher.map);
     prefetch_tensor_map(&arguments_.token_values);
     prefetch_tensor_map(&arguments_.gradient);
+    mbarrier_init(owners_loaded(), 1);
+    for (int s = 0; s < kStages; ++s) {
+      mbarrier_init(full(s), 1);
+      mbarrier_init(empty(s), kWarps);
+    }
+    for (int b = 0; b < 2; ++b) {
+      mbarrier_init(h_full(b), kWarps);
+      mbarrier_init(h_empty(b), kShareTile ? kWarps : kWarps / kGroups);
+    }
+    for (int g = 0; g < kGroups; ++g) {
+      mbarrier_init(out_full(g), kWarps / kGroups);
+      mbarrier_init(out_empty(g), 1);
+    }
+    fence_mbarrier_init();
     mbarrier_arrive_expect(owners_loaded(), 2 * kChunks * kOwnerChunk);
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       for (int token = 0; token < kOwners; token += kTileTokens) {
@@ -178,6 +189,11 @@ class Backward {
         load(to, student, owners_loaded(), chunk, plan().first + token);
       }
     }
+  }
+
+  __device__ void produce() const {
+    const Source student = source_of(arguments_.student);
+    const Source teacher = source_of(arguments_.teacher);
     Position position;
     for (int i = 0; i < plan().tiles; ++i) {
       load_tile(student, teacher, (plan().last_tile - i) * kTileTokens, position);

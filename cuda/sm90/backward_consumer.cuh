@@ -220,6 +220,8 @@ class Backward<T, kDim>::Consumer {
 
   /// The last tile's others, and the owners.
   __device__ void finish() {
+    // Where the last block of the grid is here, the others have left most multiprocessors.
+    let_next_kernel_begin();
     const int last = b_.plan().tiles - 1;
     if (is_mine(last)) {
       float others[kElements];

@@ -48,9 +48,12 @@ class Forward {
 
   __device__ static void run(const ForwardArguments& arguments) {
     const Walk walk = Walk::of_block(arguments.schedule, static_cast<int>(blockIdx.x));
-    if (arguments.params.wide_heads[walk.head] != 0) return;
     Forward forward(arguments, walk);
-    if (forward.begin_ < forward.end_) forward.run_block();
+    const bool walks = forward.begin_ < forward.end_;
+    // Vectors are what no step of the call writes: they are on their way before the steps ahead have ended.
+    if (walks && threadIdx.x == 0) forward.begin();
+    wait_for_kernels_ahead();
+    if (walks) forward.run_block();
   }
 
  private:
@@ -93,14 +96,12 @@ class Forward {
 
   __device__ void run_block() {
     auto* owner_values = reinterpret_cast<ForwardToken*>(memory_ + kOwnerValues);
+    const bool is_wide = p_.wide_heads[head_] != 0;
     if (threadIdx.x < kOwners) owner_values[threadIdx.x] = value_of(first_ + static_cast<int>(threadIdx.x));
-    if (threadIdx.x == 0) {
-      mbarrier_init(owners_loaded(), 1);
-      for (int s = 0; s < kStages; ++s) {
-        mbarrier_init(full(s), 1);
-        mbarrier_init(empty(s), kGroups * kWarpgroup / 32);
-      }
-      fence_mbarrier_init();
+    if (is_wide) {
+      // The copies that have begun end while their memory is the block's.
+      if (threadIdx.x == 0) mbarrier_wait(owners_loaded(), 0);
+      return;
     }
     __syncthreads();
     const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
@@ -127,6 +128,28 @@ class Forward {
     tma_load_4d(shared, from.map, barrier, chunk * kChunkDims, token, from.head, from.batch);
   }
 
+  __device__ Source source_of(const CUtensorMap (&maps)[kLargestGroup]) const {
+    const triangular::Place place = triangular::place_of(p_.group, head_);
+    return {&maps[place.relation], place.batch, place.head};
+  }
+
+  /// The block's first steps, by one thread: barriers and owners.
+  __device__ void begin() const {
+    const Source student = source_of(arguments_.student);
+    const Source teacher = source_of(arguments_.teacher);
+    prefetch_tensor_map(student.map);
+    prefetch_tensor_map(teacher.map);
+    mbarrier_init(owners_loaded(), 1);
+    for (int s = 0; s < kStages; ++s) {
+      mbarrier_init(full(s), 1);
+      mbarrier_init(empty(s), kGroups * kWarpgroup / 32);
+    }
+    fence_mbarrier_init();
+    mbarrier_arrive_expect(owners_loaded(), 2 * kOwnerTeacher);
+    load_owners(shared_ + kOwnerTeacher, teacher);
+    load_owners(shared_, student);
+  }
+
   __device__ void load_owners(uint32_t shared, const Source& from) const {
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       for (int token = 0; token < kOwners; token += kTileTokens) {
@@ -145,14 +168,8 @@ class Forward {
   }
 
   __device__ void produce() const {
-    const triangular::Place place = triangular::place_of(p_.group, head_);
-    const Source student{&arguments_.student[place.relation], place.batch, place.head};
-    const Source teacher{&arguments_.teacher[place.relation], place.batch, place.head};
-    prefetch_tensor_map(student.map);
-    prefetch_tensor_map(teacher.map);
-    mbarrier_arrive_expect(owners_loaded(), 2 * kOwnerTeacher);
-    load_owners(shared_ + kOwnerTeacher, teacher);
-    load_owners(shared_, student);
+    const Source student = source_of(arguments_.student);
+    const Source teacher = source_of(arguments_.teacher);
     Position position;
     for (int tile = begin_; tile < end_; ++tile) {
       load_visitors(teacher, position, tile);

@@ -33,8 +33,8 @@ cudaError_t launch_forward(const TriangularForwardParams& params, int multiproce
   ForwardArguments arguments;
   const cudaError_t error = prepare_arguments(arguments, params, Forward<T, kDim>::kOwners, multiprocessors);
   if (error != cudaSuccess) return error;
-  return launch_blocks(forward_kernel<T, kDim>, arguments, arguments.schedule.blocks(), Forward<T, kDim>::kThreads,
-                       Forward<T, kDim>::kSharedBytes, stream);
+  return launch_overlapping_blocks(forward_kernel<T, kDim>, arguments, arguments.schedule.blocks(),
+                                   Forward<T, kDim>::kThreads, Forward<T, kDim>::kSharedBytes, stream);
 }
 
 template <typename T, int kDim>
@@ -47,8 +47,8 @@ cudaError_t launch_backward(const TriangularBackwardParams& params, int multipro
   if (error != cudaSuccess) return error;
   error = map_gradient(arguments.gradient, params.gradient, heads, params.tokens, params.student.dim);
   if (error != cudaSuccess) return error;
-  return launch_blocks(backward_kernel<T, kDim>, arguments, arguments.schedule.blocks(), kThreads,
-                       Backward<T, kDim>::kSharedBytes, stream);
+  return launch_overlapping_blocks(backward_kernel<T, kDim>, arguments, arguments.schedule.blocks(), kThreads,
+                                   Backward<T, kDim>::kSharedBytes, stream);
 }
 
 }  // namespace linearard::cuda::sm90

@@ -2,6 +2,7 @@
 #include <cuda_fp16.h>
 
 #include "../common/half_range.cuh"
+#include "../common/instructions.cuh"
 #include "../common/launch.cuh"
 #include "../common/rounding.cuh"
 #include "../common/visibility.cuh"
@@ -55,6 +56,8 @@ __device__ Row row_of(double mass, double moment, double phi_sum, const OwnLogit
 }
 
 __global__ void __launch_bounds__(kThreads) finish_forward_kernel(const __grid_constant__ FinishForwardParams p) {
+  let_next_kernel_begin();
+  wait_for_kernels_ahead();
   const int tokens = p.visibility.rows;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= static_cast<int64_t>(p.group.problems) * tokens) return;
@@ -95,6 +98,8 @@ __global__ void __launch_bounds__(kThreads) finish_forward_kernel(const __grid_c
 
 /// Makes lists of rows out of their marks, in place. A warp serves a head: what it writes it has read.
 __global__ void __launch_bounds__(32) order_rows_kernel(const __grid_constant__ OrderRowsParams p) {
+  let_next_kernel_begin();
+  wait_for_kernels_ahead();
   const int problem = static_cast<int>(blockIdx.x);
   const int tokens = p.rows;
   const int lane = static_cast<int>(threadIdx.x);
@@ -132,6 +137,8 @@ __device__ uint32_t packed(float low, float high) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     finish_backward_kernel(const __grid_constant__ FinishBackwardParams p, int blocks) {
+  let_next_kernel_begin();
+  wait_for_kernels_ahead();
   const int64_t problem = static_cast<int>(blockIdx.x) / blocks;
   if (p.wide_heads[problem] != 0) return;
   const Place place = place_of(p.group, static_cast<int>(problem));
@@ -172,13 +179,13 @@ __global__ void __launch_bounds__(kThreads)
 cudaError_t finish_forward(const FinishForwardParams& params, cudaStream_t stream) {
   const int64_t rows = int64_t{params.group.problems} * params.visibility.rows;
   const cudaError_t error =
-      launch_blocks(finish_forward_kernel, params, (rows + kThreads - 1) / kThreads, kThreads, 0, stream);
+      launch_overlapping_blocks(finish_forward_kernel, params, (rows + kThreads - 1) / kThreads, kThreads, 0, stream);
   if (error != cudaSuccess || !params.ordered) return error;
   return order_rows({params.group.problems, params.visibility.rows, params.row_counts, params.row_lists}, stream);
 }
 
 cudaError_t order_rows(const OrderRowsParams& params, cudaStream_t stream) {
-  return launch_blocks(order_rows_kernel, params, params.problems, 32, 0, stream);
+  return launch_overlapping_blocks(order_rows_kernel, params, params.problems, 32, 0, stream);
 }
 
 cudaError_t finish_backward(const FinishBackwardParams& params, cudaStream_t stream) {
@@ -188,8 +195,8 @@ cudaError_t finish_backward(const FinishBackwardParams& params, cudaStream_t str
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
   const auto kernel =
       params.type == Scalar::kHalf ? finish_backward_kernel<__half> : finish_backward_kernel<__nv_bfloat16>;
-  return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream, params,
-                       static_cast<int>(per_head));
+  return launch_overlapping(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream, params,
+                            static_cast<int>(per_head));
 }
 
 }  // namespace linearard::cuda::triangular

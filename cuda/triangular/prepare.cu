@@ -3,13 +3,15 @@
 
 #include "../common/device_math.cuh"
 #include "../common/half_range.cuh"
+#include "../common/instructions.cuh"
 #include "../common/launch.cuh"
 #include "../common/visibility.cuh"
 #include "group.cuh"
 #include "launch.h"
 
 // The steps before the triangular kernels: what a token contributes to all its pairs. It depends on extremes of the
-// head.
+// head. None lets the next kernel begin before its own wait: where that one begins, what came before these steps has
+// ended, and it may read vectors at once.
 
 namespace linearard::cuda::triangular {
 namespace {
@@ -20,20 +22,35 @@ constexpr int kWarpsOfBlock = kThreads / 32;
 __device__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ int larger(int a, int b) { return max(a, b); }
 
-/// The largest `x` of the block's threads; NaN does not count.
+/// The largest of the block's threads of each of some numbers; NaN does not count. Once in a kernel: what is in
+/// `scratch` stays there.
+template <typename Number, int kNumbers>
+__device__ void take_largest_of_block(Number (&x)[kNumbers], Number (&scratch)[kWarpsOfBlock][kNumbers]) {
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) {
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i)
+      x[i] = larger(x[i], __shfl_xor_sync(0xffffffffu, x[i], lane));
+  }
+  if (threadIdx.x % 32 == 0) {
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i)
+      scratch[threadIdx.x / 32][i] = x[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kWarpsOfBlock; ++w) {
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i)
+      x[i] = larger(x[i], scratch[w][i]);
+  }
+}
+
 template <typename Number>
-__device__ Number largest_of_block(Number x, Number* scratch) {
-#pragma unroll
-  for (int lane = 16; lane > 0; lane /= 2)
-    x = larger(x, __shfl_xor_sync(0xffffffffu, x, lane));
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = scratch[0];
-#pragma unroll
-  for (int w = 1; w < kWarpsOfBlock; ++w)
-    x = larger(x, scratch[w]);
-  return x;
+__device__ Number largest_of_block(Number x, Number (&scratch)[kWarpsOfBlock][1]) {
+  Number numbers[1] = {x};
+  take_largest_of_block(numbers, scratch);
+  return numbers[0];
 }
 
 // --- before the forward ----------------------------------------------------------------------------------------------
@@ -86,7 +103,7 @@ __device__ int blocks_of_head(int tokens) { return (tokens + kRedoRows - 1) / kR
 /// with kAtOnce > 1 of a multiple of kLanes kAtOnce.
 template <typename T, int kAtOnce>
 __global__ void __launch_bounds__(kThreads) own_logits_kernel(const __grid_constant__ PrepareForwardParams p) {
-  __shared__ int scratch[kWarpsOfBlock];
+  __shared__ int scratch[kWarpsOfBlock][1];
   const int blocks = blocks_of_head(p.tokens);
   const int problem = static_cast<int>(blockIdx.x) / blocks;
   const int block = static_cast<int>(blockIdx.x) % blocks;
@@ -94,6 +111,8 @@ __global__ void __launch_bounds__(kThreads) own_logits_kernel(const __grid_const
   const Place place = place_of(p.group, problem);
   const int first = block * kRedoRows;
   const int token = first + thread / kLanes;
+  wait_for_kernels_ahead();
+  let_next_kernel_begin();
   const bool real = is_real(p.mask, p.tokens, place.batch, token);
 
   double t = 0;
@@ -140,12 +159,14 @@ __global__ void __launch_bounds__(kThreads) own_logits_kernel(const __grid_const
 constexpr int kForwardTokens = 4 * kThreads;  ///< of a block
 
 __global__ void __launch_bounds__(kThreads) forward_tokens_kernel(const __grid_constant__ PrepareForwardParams p) {
-  __shared__ int scratch[kWarpsOfBlock];
+  __shared__ int scratch[kWarpsOfBlock][1];
   const int parts = (p.tokens + kForwardTokens - 1) / kForwardTokens;
   const int problem = static_cast<int>(blockIdx.x) / parts;
   const int part = static_cast<int>(blockIdx.x) % parts;
   const int batch = place_of(p.group, problem).batch;
   const int blocks = blocks_of_head(p.tokens);
+  wait_for_kernels_ahead();
+  let_next_kernel_begin();
   int bits = 0;
   for (int block = static_cast<int>(threadIdx.x); block < blocks; block += kThreads)
     bits = max(bits, p.largest[static_cast<int64_t>(problem) * blocks + block]);
@@ -176,7 +197,7 @@ constexpr float kLargestShift = 40.f;
 constexpr float kLargestPower = 122.f;
 
 constexpr int kLargestParts = 8;   ///< blocks that share a head; each looks for the extremes of all of it
-constexpr int kPartTokens = 1024;  ///< of a block, where there are fewer than that many
+constexpr int kPartTokens = 256;   ///< of a block, where there are fewer than that many
 constexpr int kZeroedChunks = 16;  ///< of 16 bytes, by a thread of the blocks that only zero
 
 __host__ __device__ int parts_of_head(int tokens) {
@@ -203,6 +224,8 @@ struct Extremes {
   float smallest_grad;  ///< but for zeros; infinite where there are no others
 };
 
+constexpr int kExtremes = 5;
+
 /// Whether float holds the values of all tokens.
 __device__ bool fits(const Extremes& head, float scale) {
   const float spread = head.highest - head.lowest;
@@ -216,7 +239,7 @@ __device__ bool fits(const Extremes& head, float scale) {
 __device__ Extremes extremes_of_head(const PrepareBackwardParams& p,
                                      const RowGradients& rows,
                                      const Place& place,
-                                     float* scratch) {
+                                     float (&scratch)[kWarpsOfBlock][kExtremes]) {
   const int tokens = p.visibility.rows;
   const int64_t first = static_cast<int64_t>(place.problem) * tokens;
   float highest = -INFINITY;
@@ -236,19 +259,19 @@ __device__ Extremes extremes_of_head(const PrepareBackwardParams& p,
     largest_grad = fmaxf(largest_grad, grad);
     negated_smallest = grad > 0 ? fmaxf(negated_smallest, -grad) : negated_smallest;
   }
-  highest = largest_of_block(highest, scratch);
-  const float lowest = -largest_of_block(negated_lowest, scratch);
-  shift = largest_of_block(shift, scratch);
-  largest_grad = largest_of_block(largest_grad, scratch);
-  return {highest, lowest, shift, largest_grad, -largest_of_block(negated_smallest, scratch)};
+  float extremes[kExtremes] = {highest, negated_lowest, shift, largest_grad, negated_smallest};
+  take_largest_of_block(extremes, scratch);
+  return {extremes[0], -extremes[1], extremes[2], extremes[3], -extremes[4]};
 }
 
 /// The first blocks make values of tokens, the others zeros.
 __global__ void __launch_bounds__(kThreads) prepare_backward_kernel(const __grid_constant__ PrepareBackwardParams p) {
-  __shared__ float scratch[kWarpsOfBlock];
+  __shared__ float scratch[kWarpsOfBlock][kExtremes];
   const int tokens = p.visibility.rows;
   const int parts = parts_of_head(tokens);
   const int64_t head_blocks = static_cast<int64_t>(parts) * p.group.problems;
+  wait_for_kernels_ahead();
+  let_next_kernel_begin();
   if (blockIdx.x >= head_blocks) {
     zero_gradient(p, blockIdx.x - head_blocks);
     return;
@@ -297,7 +320,7 @@ cudaError_t launch_own_logits(const PrepareForwardParams& params, cudaStream_t s
                       : chunks % (2 * kLanes) == 0 ? own_logits_kernel<T, 2>
                                                    : own_logits_kernel<T, 1>;
   const int64_t blocks = int64_t{params.group.problems} * quotient_up(params.tokens, kRedoRows);
-  return launch_blocks(kernel, params, blocks, kThreads, 0, stream);
+  return launch_overlapping_blocks(kernel, params, blocks, kThreads, 0, stream);
 }
 
 }  // namespace
@@ -308,13 +331,13 @@ cudaError_t prepare_forward(const PrepareForwardParams& params, cudaStream_t str
                                 : launch_own_logits<__nv_bfloat16>(params, stream);
   if (error != cudaSuccess) return error;
   const int64_t blocks = int64_t{params.group.problems} * quotient_up(params.tokens, kForwardTokens);
-  return launch_blocks(forward_tokens_kernel, params, blocks, kThreads, 0, stream);
+  return launch_overlapping_blocks(forward_tokens_kernel, params, blocks, kThreads, 0, stream);
 }
 
 cudaError_t prepare_backward(const PrepareBackwardParams& params, cudaStream_t stream) {
   const int64_t head_blocks = int64_t{params.group.problems} * parts_of_head(params.visibility.rows);
   const int64_t zero_blocks = quotient_up(params.gradient_floats / 4, kZeroedChunks * kThreads);
-  return launch_blocks(prepare_backward_kernel, params, head_blocks + zero_blocks, kThreads, 0, stream);
+  return launch_overlapping_blocks(prepare_backward_kernel, params, head_blocks + zero_blocks, kThreads, 0, stream);
 }
 
 }  // namespace linearard::cuda::triangular

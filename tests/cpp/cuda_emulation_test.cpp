@@ -164,6 +164,38 @@ TEST(EmulatedAttention, DiagonalsOfPackedSequences) {
 }
 
 /// The mean by one block, and by several.
+TEST(EmulatedLists, RowsOfMoreHeadsThanTheGridHasBlocks) {
+  constexpr int64_t kHeads = 300;
+  constexpr int64_t kRows = 40;
+  const auto [student, teacher] = student_and_teacher(1, kHeads, kRows, 16, at::kBFloat16);
+  const KernelProblem problem = testing::relation_problem(student, teacher);
+  const auto all = run_forward(problem);
+
+  const at::Tensor counts = at::zeros({kHeads}, at::kInt);
+  const at::Tensor lists = at::full({kHeads, kRows}, -1, at::kInt);
+  at::Tensor listed = at::zeros({1, kHeads, kRows}, at::kBool);
+  for (int64_t head = 3; head < kHeads; head += 37) {
+    for (int i = 0; i < 2; ++i) {
+      const int64_t row = (head + 17 * i) % kRows;
+      lists[head][i] = row;
+      listed[0][head][row] = true;
+    }
+    counts[head] = 2;
+  }
+  const testing::ForwardResult result = testing::empty_result(problem);
+  result.kl.fill_(-1);
+  cuda::ForwardParams params = testing::forward_params(problem, result);
+  params.row_counts = counts.const_data_ptr<int>();
+  params.row_lists = lists.const_data_ptr<int>();
+  ASSERT_EQ(launch(params, at::kBFloat16, 16), cudaSuccess);
+  EXPECT_TRUE(at::equal(result.kl, at::where(listed, all.kl, -1.f)));
+
+  counts.zero_();
+  result.kl.fill_(-1);
+  ASSERT_EQ(launch(params, at::kBFloat16, 16), cudaSuccess);
+  EXPECT_TRUE((result.kl == -1).all().item<bool>());
+}
+
 TEST(EmulatedMean, AgreesWithFloat64) {
   for (const at::ScalarType type : {at::kFloat, at::kDouble}) {
     for (const int64_t count : {1, 700, 32768, 32769, 4300000}) {

@@ -23,6 +23,10 @@ inline void store_shared_16(uint32_t shared, uint16_t bits, LINEARARD_CALLER) {
 
 inline int anew(int x) { return x; }
 
+// Kernels run one after the other.
+inline void wait_for_kernels_ahead() {}
+inline void let_next_kernel_begin() {}
+
 inline float exp2_approximate(float x) {
   const float result = std::exp2(x);
   return std::fpclassify(result) == FP_SUBNORMAL ? 0.f : result;

@@ -91,6 +91,17 @@ inline void __threadfence_block() {}
 
 inline void __syncthreads(LINEARARD_CALLER) { linearard::emulation::named_barrier(0, 0, true, at); }
 
+/// Whether the predicate of any thread of the block is not 0.
+inline int __syncthreads_or(int predicate, LINEARARD_CALLER) {
+  static thread_local int any;  // of the block that runs
+  __syncthreads(at);
+  any = 0;
+  __syncthreads(at);
+  any |= predicate;
+  __syncthreads(at);
+  return any != 0 ? 1 : 0;
+}
+
 inline void __syncwarp(uint32_t mask = ~0u, LINEARARD_CALLER) {
   linearard::emulation::warp_collective("__syncwarp", mask, false, mask, at, [](auto) {});
 }

@@ -18,4 +18,14 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...),
   return cudaSuccess;
 }
 
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_overlapping(void (*kernel)(Parameters...),
+                               dim3 grid,
+                               int threads,
+                               int shared_bytes,
+                               cudaStream_t stream,
+                               const Arguments&... arguments) {
+  return launch_kernel(kernel, grid, threads, shared_bytes, stream, arguments...);
+}
+
 }  // namespace linearard::cuda
