@@ -2,6 +2,7 @@
 
 #include <climits>
 #include <cstdint>
+#include <cstdlib>
 
 #include <cuda_runtime_api.h>
 
@@ -35,6 +36,11 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...),
 /// that could.
 inline bool kernels_can_overlap() {
 #ifdef LINEARARD_WITH_SM90A
+  static const bool is_enabled = [] {
+    const char* value = std::getenv("LINEARARD_OVERLAP");
+    return value == nullptr || value[0] != '0';
+  }();
+  if (!is_enabled) return false;
   int device = 0;
   int major = 0;
   int minor = 0;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 
 #include "instructions.cuh"
 
@@ -52,12 +53,19 @@ struct Schedule {
     // A part more costs the owners' vectors again: an eighth is let pass.
     const int64_t of_head = token_blocks * (2 * int64_t{longest} - int64_t{step} * (token_blocks - 1)) / 2;
     const int64_t share = std::max<int64_t>(of_head * heads / multiprocessors, 1);  // of a multiprocessor, in tiles
-    if (longest > share + share / 8) wanted = std::max(wanted, (longest + share - 1) / share);
+    const auto is_enabled = [](const char* name) {
+      const char* value = std::getenv(name);
+      return value == nullptr || value[0] != '0';
+    };
+    static const bool cuts = is_enabled("LINEARARD_CUT");
+    static const bool orders = is_enabled("LINEARARD_ORDER");
+    if (cuts && longest > share + share / 8) wanted = std::max(wanted, (longest + share - 1) / share);
     const auto group = static_cast<int>(std::clamp<int64_t>(kCacheBytes / std::max<int64_t>(head_bytes, 1), 1, heads));
     // The work at the end grows with the square of their number: it is about that of the longest walk on each
     // multiprocessor.
     const double last = std::sqrt(kLastWork * multiprocessors * token_blocks / std::max(heads, 1));
-    return {heads, group, token_blocks, group < heads ? static_cast<int>(std::min<double>(last, token_blocks)) : 0,
+    return {heads, group, token_blocks,
+            orders && group < heads ? static_cast<int>(std::min<double>(last, token_blocks)) : 0,
             static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max(longest / kShortestPart, 1)))};
   }
 };
