@@ -1,35 +1,20 @@
 #pragma once
 
 #include "../common/launch.cuh"
+#include "rows_arguments.cuh"
 #include "rows_backward.cuh"
 #include "rows_forward.cuh"
 #include "tensor_map.h"
 
 namespace linearard::cuda::sm90 {
 
-inline Schedule schedule_of_rows(int problems, int owners, int block, int64_t head_bytes, int multiprocessors) {
-  Schedule schedule = Schedule::make(problems, (owners + block - 1) / block, 1, head_bytes, multiprocessors);
-  schedule.parts = 1;
-  return schedule;
-}
-
 template <typename T, int kDim, Pairs kPairs>
 cudaError_t launch_rows(const RowsBackwardParams& p, int multiprocessors, cudaStream_t stream) {
   using Kernel = RowsBackward<T, kDim, kPairs>;
   RowsBackwardArguments arguments;
-  arguments.params = p;
-  // Of both sides: heads that share the others, or walk over several of them, read one of them at a time.
-  const int64_t head_bytes = int64_t{4} * p.others * p.own_student.dim / p.group;
-  arguments.schedule = schedule_of_rows(p.batch * p.heads, p.owners, Kernel::kOwners, head_bytes, multiprocessors);
-  const int other_heads = p.heads * p.other_heads / p.group;
-  const auto map = [&](CUtensorMap& to, const Vectors& vectors, int heads, int tokens) {
-    return map_vectors(to, vectors, p.batch, heads, tokens);
-  };
-  cudaError_t error = map(arguments.own_student, p.own_student, p.heads, p.owners);
-  if (error == cudaSuccess) error = map(arguments.own_teacher, p.own_teacher, p.heads, p.owners);
-  if (error == cudaSuccess) error = map(arguments.other_student, p.other_student, other_heads, p.others);
-  if (error == cudaSuccess) error = map(arguments.other_teacher, p.other_teacher, other_heads, p.others);
+  cudaError_t error = prepare_arguments(arguments, p, Kernel::kOwners, multiprocessors);
   if (error == cudaSuccess && p.other_values != nullptr) {
+    const int other_heads = p.heads * p.other_heads / p.group;
     error = map_token_values(arguments.other_values, p.other_values, p.batch * other_heads, p.others);
   }
   if (error != cudaSuccess) return error;

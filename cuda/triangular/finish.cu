@@ -133,7 +133,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     finish_backward_kernel(const __grid_constant__ FinishBackwardParams p, int blocks) {
   const int64_t problem = static_cast<int>(blockIdx.x) / blocks;
-  if (p.wide_heads[problem] != 0) return;
+  if (p.wide_heads != nullptr && p.wide_heads[problem] != 0) return;
   const Place place = place_of(p.group, static_cast<int>(problem));
   const VectorGradient& result = p.relations[place.relation];
   const int chunks_of_vector = p.dim / kChunk;
