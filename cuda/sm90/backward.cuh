@@ -62,12 +62,13 @@ class Backward {
   static constexpr int kOutBoxes = kChunkDims / kFloatChunkDims;
   static constexpr int kOutBytes = kGroups * kOutBoxes * kOutBox;
 
-  // The owners' teacher vectors of the first chunk move to registers at once, as many as are free, which spares shared
+  // The owners' teacher vectors of the first chunks move to registers at once, as many as are free, which spares shared
   // memory's bandwidth; gradients leave from where they were.
-  static constexpr int kRegisterSteps = kChunkDims / kStep;
+  static constexpr int kRegisterChunks = std::min(kChunks, Form::kRegisterChunks);
+  static constexpr int kRegisterSteps = kRegisterChunks * kChunkDims / kStep;
   static constexpr int kTeacherRest = kChunks * kOwnerChunk;
-  static constexpr int kOut = kTeacherRest + (kChunks - 1) * kOwnerChunk;
-  static constexpr int kH = kOut + std::max(kOutBytes, kOwnerChunk);
+  static constexpr int kOut = kTeacherRest + (kChunks - kRegisterChunks) * kOwnerChunk;
+  static constexpr int kH = kOut + std::max(kOutBytes, kRegisterChunks * kOwnerChunk);
   static constexpr int kHBytes = kOwners * kLineBytes;
   static constexpr int kRing = kH + 2 * kHBytes;
   static constexpr int kStageTeacher = kChunks * kOtherChunk;
@@ -177,7 +178,7 @@ class Backward {
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       for (int token = 0; token < kOwners; token += kTileTokens) {
         const uint32_t to = shared_ + chunk * kOwnerChunk + token * kLineBytes;
-        const int teacher_at = chunk == 0 ? kOut : kTeacherRest - kOwnerChunk;
+        const int teacher_at = chunk < kRegisterChunks ? kOut : kTeacherRest - kRegisterChunks * kOwnerChunk;
         load(to + teacher_at, from.own_teacher, owners_loaded(), chunk, plan().first + token);
         load(to, from.own_student, owners_loaded(), chunk, plan().first + token);
       }

@@ -69,7 +69,7 @@ class Backward<T, kDim, Form>::Consumer {
  private:
   const Backward& b_;
   const int group_;
-  uint32_t owners_[kRegisterSteps][4];  ///< the teacher's vectors of the group's owners, their first chunk
+  uint32_t owners_[kRegisterSteps][4];  ///< the teacher's vectors of the group's owners, their first chunks
   float gradient_[kDim / 2];
 
   __device__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
@@ -82,10 +82,11 @@ class Backward<T, kDim, Form>::Consumer {
   __device__ void load_owners() {
     const int row = group_ * kTileTokens + warp_of_group() * 16 + lane() % 16;
     if (lane() < 16) owner_values()[row] = Form::own_value(b_.p_, b_.plan().head, b_.plan().first + row);
+    constexpr int kStepsOfChunk = kChunkDims / kStep;
     const uint32_t from = swizzled(b_.shared_ + kOut, row, lane() / 16);
 #pragma unroll
     for (int step = 0; step < kRegisterSteps; ++step)
-      load_matrices(owners_[step], swizzled_step(from, step));
+      load_matrices(owners_[step], swizzled_step(from + step / kStepsOfChunk * kOwnerChunk, step % kStepsOfChunk));
   }
 
   // --- products: issued, not waited for

@@ -22,6 +22,7 @@ struct RelationForm {
   using Value = BackwardToken;
   static constexpr bool kOtherValues = true;
   static constexpr bool kAddsOwners = true;
+  static constexpr int kRegisterChunks = 1;
 
   __device__ static bool is_left_out(const Params& p, int head) { return p.wide_heads[head] != 0; }
   __device__ static int end_of_walk(const Params& p, int end_of_owners) { return min(end_of_owners, p.tokens); }

@@ -27,6 +27,7 @@ struct SetsForm {
   using Terms = RowTerms<Pairs::kQueries>;
   static constexpr bool kOtherValues = false;
   static constexpr bool kAddsOwners = false;
+  static constexpr int kRegisterChunks = 2;
 
   __device__ static bool is_left_out(const Params& /*p*/, int /*head*/) { return false; }
   __device__ static int end_of_walk(const Params& p, int end_of_owners) {
