@@ -8,8 +8,8 @@
 #include "tensor_map.h"
 
 // The backward that visits each pair once. A block of threads owns 128 tokens, 64 for each warpgroup, and walks over
-// others, 64 at a time. What a pair weighs serves both its tokens: the owners' gradient stays in registers for the whole
-// walk, the others' leaves with each tile, as additions in global memory.
+// others, 64 at a time. What a pair weighs serves both its tokens: the owners' gradient stays in registers for the
+// whole walk, the others' leaves with each tile, as additions in global memory.
 //
 // Which pairs there are and what they weigh is said by `Form`: those of a relation (backward_relation.cuh), or of two
 // sets (backward_sets.cuh).
@@ -66,9 +66,10 @@ class Backward {
   // memory's bandwidth; gradients leave from where they were.
   static constexpr int kRegisterChunks = std::min(kChunks, Form::kRegisterChunks);
   static constexpr int kRegisterSteps = kRegisterChunks * kChunkDims / kStep;
+  static constexpr int kRegisterBytes = kRegisterChunks * kOwnerChunk;
   static constexpr int kTeacherRest = kChunks * kOwnerChunk;
   static constexpr int kOut = kTeacherRest + (kChunks - kRegisterChunks) * kOwnerChunk;
-  static constexpr int kH = kOut + std::max(kOutBytes, kRegisterChunks * kOwnerChunk);
+  static constexpr int kH = kOut + std::max(kOutBytes, kRegisterBytes);
   static constexpr int kHBytes = kOwners * kLineBytes;
   static constexpr int kRing = kH + 2 * kHBytes;
   static constexpr int kStageTeacher = kChunks * kOtherChunk;
@@ -178,7 +179,7 @@ class Backward {
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       for (int token = 0; token < kOwners; token += kTileTokens) {
         const uint32_t to = shared_ + chunk * kOwnerChunk + token * kLineBytes;
-        const int teacher_at = chunk < kRegisterChunks ? kOut : kTeacherRest - kRegisterChunks * kOwnerChunk;
+        const int teacher_at = chunk < kRegisterChunks ? kOut : kTeacherRest - kRegisterBytes;
         load(to + teacher_at, from.own_teacher, owners_loaded(), chunk, plan().first + token);
         load(to, from.own_student, owners_loaded(), chunk, plan().first + token);
       }

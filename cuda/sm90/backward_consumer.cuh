@@ -7,9 +7,9 @@
 
 namespace linearard::cuda::sm90 {
 
-/// One warpgroup. Tile i's products of vectors S and T become weights H, which go to registers and to shared memory. Its
-/// owners' gradient is then summed at once, the others' one tile later, when the other warpgroup's H is certain to be
-/// there. The warpgroups use the tensor cores in turns: while one multiplies, the other one computes its H.
+/// One warpgroup. Tile i's products of vectors S and T become weights H, which go to registers and to shared memory.
+/// Its owners' gradient is then summed at once, the others' one tile later, when the other warpgroup's H is certain to
+/// be there. The warpgroups use the tensor cores in turns: while one multiplies, the other one computes its H.
 template <typename T, int kDim, typename Form>
 class Backward<T, kDim, Form>::Consumer {
  public:

@@ -16,10 +16,10 @@ struct SetsBackwardArguments {
   Schedule schedule;
 };
 
-/// G K and G^T Q of two sets: owners are rows, others the keys that they see. A row's gradient is complete at the end of
-/// its walk and is written at once; a key's is added by the rows of all heads that share it. Not the other way round:
-/// with shared keys, sums in float of the rows are larger than those of the keys, and a row's value would be read with
-/// each of its pairs.
+/// G K and G^T Q of two sets: owners are rows, others the keys that they see. A row's gradient is complete at the end
+/// of its walk and is written at once; a key's is added by the rows of all heads that share it. Not the other way
+/// round: with shared keys, sums in float of the rows are larger than those of the keys, and a row's value would be
+/// read with each of its pairs.
 struct SetsForm {
   using Arguments = SetsBackwardArguments;
   using Params = RowsBackwardParams;

@@ -167,8 +167,7 @@ bool sm90_takes_both_sets(const BackwardParams& rows, const BackwardParams& keys
 cudaError_t launch_both_sets_backward_sm90(
     const BackwardParams& rows, const BackwardParams& keys, void* row_values, float* key_sums, cudaStream_t stream) {
   auto* const values = static_cast<sm90::RowToken*>(row_values);
-  const sm90::RowTokenParams prepare =
-      sm90::row_token_params_of(rows, values, key_sums, sm90::sum_floats_of(keys));
+  const sm90::RowTokenParams prepare = sm90::row_token_params_of(rows, values, key_sums, sm90::sum_floats_of(keys));
   cudaError_t error = sm90::prepare_row_tokens(prepare, stream);
   if (error != cudaSuccess) return error;
   const sm90::RowsBackwardParams p = sm90::rows_params_of(rows, values);

@@ -38,7 +38,10 @@ cudaError_t launch_pairs_backward(const RowsBackwardParams& p, Pairs pairs, int 
 /// those of the keys, without the scale; zero before.
 /// @param p of the rows
 template <typename T, int kDim>
-cudaError_t launch_sets_backward(const RowsBackwardParams& p, float* key_sums, int multiprocessors, cudaStream_t stream);
+cudaError_t launch_sets_backward(const RowsBackwardParams& p,
+                                 float* key_sums,
+                                 int multiprocessors,
+                                 cudaStream_t stream);
 
 #define LINEARARD_FORWARD(T, kDim) \
   extern template cudaError_t launch_forward<T, kDim>(const TriangularForwardParams&, int, cudaStream_t);

@@ -11,7 +11,10 @@ static_assert(sizeof(SetsBackwardArguments) <= 4096, "parameters of any driver")
 
 /// Instantiated in instantiations/, one file for each dtype and dimension.
 template <typename T, int kDim>
-cudaError_t launch_sets_backward(const RowsBackwardParams& p, float* key_sums, int multiprocessors, cudaStream_t stream) {
+cudaError_t launch_sets_backward(const RowsBackwardParams& p,
+                                 float* key_sums,
+                                 int multiprocessors,
+                                 cudaStream_t stream) {
   using Kernel = Backward<T, kDim, SetsForm>;
   SetsBackwardArguments arguments;
   cudaError_t error = prepare_arguments(arguments, p, Kernel::kOwners, multiprocessors);

@@ -214,7 +214,7 @@ struct FinishBackwardParams {
   int dim;
   double output_scale;
   const int* wide_heads;  ///< null: none
-  const float* sums;  ///< [P, N, D]
+  const float* sums;      ///< [P, N, D]
   VectorGradient relations[kLargestGroup];
 };
 

@@ -128,8 +128,7 @@ class SetsSm90 : public ::testing::TestWithParam<Sets> {
     cuda::BackwardParams rows = testing::row_gradient_params(problem_, grad_kl, statistics);
     cuda::BackwardParams keys = testing::key_gradient_params(problem_, grad_kl, statistics);
     const at::Tensor largest = grad_kl.abs().max();
-    if (query_.scalar_type() == at::kHalf)
-      rows.largest_grad = keys.largest_grad = largest.const_data_ptr<float>();
+    if (query_.scalar_type() == at::kHalf) rows.largest_grad = keys.largest_grad = largest.const_data_ptr<float>();
     rows.gradient = gradients.of_queries.mutable_data_ptr();
     keys.gradient = gradients.of_keys.mutable_data_ptr();
     rows.redo = gradients.query_marks.mutable_data_ptr<int>();
@@ -139,8 +138,8 @@ class SetsSm90 : public ::testing::TestWithParam<Sets> {
     auto* const row_values = reinterpret_cast<cuda::sm90::RowToken*>(values.mutable_data_ptr<float>());
     auto* const key_sums = sums.mutable_data_ptr<float>();
     EXPECT_EQ(cuda::sm90::sum_floats_of(keys), sums.numel());
-    EXPECT_EQ(cuda::sm90::prepare_row_tokens(
-                  cuda::sm90::row_token_params_of(rows, row_values, key_sums, sums.numel()), nullptr),
+    EXPECT_EQ(cuda::sm90::prepare_row_tokens(cuda::sm90::row_token_params_of(rows, row_values, key_sums, sums.numel()),
+                                             nullptr),
               cudaSuccess);
     EXPECT_EQ(sums.abs().sum().item<double>(), 0);
     const auto params = cuda::sm90::rows_params_of(rows, row_values);
@@ -223,10 +222,23 @@ INSTANTIATE_TEST_SUITE_P(
         Sets{.rows = 140, .keys = 200, .dim = 256, .causal = true, .schedule = 6},
         Sets{.heads = 1, .key_heads = 1, .rows = 3, .keys = 1},
         Sets{.heads = 2, .key_heads = 1, .rows = 300, .keys = 100, .causal = true, .schedule = 7},
-        Sets{.batch = 2, .heads = 3, .key_heads = 1, .rows = 190, .keys = 260, .dim = 120, .causal = true,
+        Sets{.batch = 2,
+             .heads = 3,
+             .key_heads = 1,
+             .rows = 190,
+             .keys = 260,
+             .dim = 120,
+             .causal = true,
              .schedule = 8},
-        Sets{.heads = 6, .key_heads = 2, .rows = 140, .keys = 140, .dim = 64, .type = at::kHalf, .causal = true,
-             .noise = 1, .schedule = 9},
+        Sets{.heads = 6,
+             .key_heads = 2,
+             .rows = 140,
+             .keys = 140,
+             .dim = 64,
+             .type = at::kHalf,
+             .causal = true,
+             .noise = 1,
+             .schedule = 9},
         Sets{.heads = 2, .key_heads = 1, .rows = 64, .keys = 600, .dim = 128, .grown = 30, .schedule = 10}),
     [](const auto& info) { return "Case" + std::to_string(info.index); });
 
