@@ -1,32 +1,49 @@
 #pragma once
 
 #include "../mma/instructions.cuh"
-#include "../triangular/group.cuh"
 #include "descriptors.cuh"
 #include "instructions.cuh"
 #include "pairs.cuh"
 #include "schedule.cuh"
 #include "tensor_map.h"
 
-// H X of the triangular backward. A block of threads owns 128 tokens, 64 for each warpgroup, and walks over all earlier
-// tokens and its own, 64 at a time. A pair's H serves both its tokens: the owners' gradient stays in registers for the
-// whole walk, the others' leaves with each tile, and both end in additions in global memory. A pair of a token with
-// itself is met by both products, so each gets half of it.
+// The backward that visits each pair once. A block of threads owns 128 tokens, 64 for each warpgroup, and walks over
+// others, 64 at a time. What a pair weighs serves both its tokens: the owners' gradient stays in registers for the
+// whole walk, the others' leaves with each tile, as additions in global memory.
+//
+// Which pairs there are and what they weigh is said by `Form`: those of a relation (backward_relation.cuh), or of two
+// sets (backward_sets.cuh).
 
 namespace linearard::cuda::sm90 {
 
-struct BackwardArguments {
-  CUtensorMap student[kLargestGroup];  ///< of the relations
-  CUtensorMap teacher[kLargestGroup];
-  CUtensorMap token_values;  ///< of all problems
-  CUtensorMap gradient;
-  TriangularBackwardParams params;
-  Schedule schedule;
+/// What a block does.
+struct BackwardPlan {
+  int head;       ///< of the owners, of all batch entries
+  int first;      ///< owner
+  int last_tile;  ///< the walk goes from here to earlier ones
+  int tiles;
 };
 
-template <typename T, int kDim>
+/// Vectors of one head.
+struct BackwardSource {
+  const CUtensorMap* map;
+  int batch;
+  int head;
+};
+struct BackwardSources {
+  BackwardSource own_student;
+  BackwardSource own_teacher;
+  BackwardSource other_student;
+  BackwardSource other_teacher;
+};
+
+template <typename T, int kDim, typename Form>
 class Backward {
   static_assert(kDim == 64 || kDim == 128);
+  using Arguments = typename Form::Arguments;
+  using Params = typename Form::Params;
+  using Value = typename Form::Value;
+  using Plan = BackwardPlan;
 
  public:
   static constexpr int kOwners = kGroups * kTileTokens;
@@ -45,19 +62,22 @@ class Backward {
   static constexpr int kOutBoxes = kChunkDims / kFloatChunkDims;
   static constexpr int kOutBytes = kGroups * kOutBoxes * kOutBox;
 
-  // The owners' teacher vectors of the first chunk move to registers at once, as many as are free, which spares shared
+  // The owners' teacher vectors of the first chunks move to registers at once, as many as are free, which spares shared
   // memory's bandwidth; gradients leave from where they were.
-  static constexpr int kRegisterSteps = kChunkDims / kStep;
+  static constexpr int kRegisterChunks = std::min(kChunks, Form::kRegisterChunks);
+  static constexpr int kRegisterSteps = kRegisterChunks * kChunkDims / kStep;
+  static constexpr int kRegisterBytes = kRegisterChunks * kOwnerChunk;
   static constexpr int kTeacherRest = kChunks * kOwnerChunk;
-  static constexpr int kOut = kTeacherRest + (kChunks - 1) * kOwnerChunk;
-  static constexpr int kH = kOut + std::max(kOutBytes, kOwnerChunk);
+  static constexpr int kOut = kTeacherRest + (kChunks - kRegisterChunks) * kOwnerChunk;
+  static constexpr int kH = kOut + std::max(kOutBytes, kRegisterBytes);
   static constexpr int kHBytes = kOwners * kLineBytes;
   static constexpr int kRing = kH + 2 * kHBytes;
   static constexpr int kStageTeacher = kChunks * kOtherChunk;
   static constexpr int kStageValues = 2 * kStageTeacher;
-  static constexpr int kStageBytes = kStageValues + kTileTokens * static_cast<int>(sizeof(BackwardToken));
+  static constexpr int kStageBytes =
+      kStageValues + (Form::kOtherValues ? kTileTokens * static_cast<int>(sizeof(Value)) : 0);
   static constexpr int kOwnerValues = kRing + kStages * kStageBytes;
-  static constexpr int kPlan = kOwnerValues + kOwners * static_cast<int>(sizeof(BackwardToken));
+  static constexpr int kPlan = kOwnerValues + kOwners * static_cast<int>(sizeof(Value));
   static constexpr int kBarriers = kPlan + 16;
   static_assert(kH % kSwizzleBytes == 0 && kStageBytes % kSwizzleBytes == 0);
 
@@ -65,41 +85,34 @@ class Backward {
   static constexpr int kSharedBytes = kBarriers + (1 + 2 * kStages + 2 * 2 + 2 * kGroups) * 8;
   static_assert(kSharedBytes <= 227 * 1024);
 
-  __device__ static void run(const BackwardArguments& arguments) {
+  __device__ static void run(const Arguments& arguments) {
     const Walk walk = Walk::of_block(arguments.schedule, static_cast<int>(blockIdx.x));
-    const Plan plan = plan_of(arguments, walk);
+    const int first = (arguments.schedule.token_blocks - 1 - walk.token_block) * kOwners;
+    const int tiles = (Form::end_of_walk(arguments.params, first + kOwners) + kTileTokens - 1) / kTileTokens;
+    const int begin = Walk::part_begin(arguments.schedule, walk.part, tiles);
+    const int end = Walk::part_begin(arguments.schedule, walk.part + 1, tiles);
+    const Plan plan{walk.head, first, end - 1, end - begin};
     const Backward backward(arguments, plan);
     // Vectors are what no step of the call writes: they are on their way before the steps ahead have ended.
     if (plan.tiles > 0 && threadIdx.x == 0) backward.begin();
     wait_for_kernels_ahead();
-    if (plan.tiles > 0) backward.run_block(arguments.params.wide_heads[walk.head] != 0);
+    if (plan.tiles > 0) {
+      backward.run_block(Form::is_left_out(arguments.params, walk.head));
+    } else {
+      Form::template finish_empty<T, kOwners>(arguments.params, plan);
+    }
   }
 
  private:
   using Position = RingPosition<kStages>;
 
-  const BackwardArguments& arguments_;
-  const TriangularBackwardParams& p_;
+  const Arguments& arguments_;
+  const Params& p_;
   char* const memory_;
   const uint32_t shared_;
 
-  struct Plan {
-    int head;
-    int first;      ///< owner
-    int last_tile;  ///< the walk goes from here to earlier ones
-    int tiles;
-  };
-
-  __device__ static Plan plan_of(const BackwardArguments& arguments, const Walk& walk) {
-    const int first = (arguments.schedule.token_blocks - 1 - walk.token_block) * kOwners;
-    const int tiles = (min(first + kOwners, arguments.params.tokens) + kTileTokens - 1) / kTileTokens;
-    const int begin = Walk::part_begin(arguments.schedule, walk.part, tiles);
-    const int end = Walk::part_begin(arguments.schedule, walk.part + 1, tiles);
-    return {walk.head, first, end - 1, end - begin};
-  }
-
   /// The plan waits in shared memory: registers are scarcer.
-  __device__ Backward(const BackwardArguments& arguments, const Plan& plan)
+  __device__ Backward(const Arguments& arguments, const Plan& plan)
       : arguments_(arguments),
         p_(arguments.params),
         memory_(dynamic_shared_memory()),
@@ -119,8 +132,8 @@ class Backward {
   __device__ uint32_t out_at(int group) const { return shared_ + kOut + group * kOutBoxes * kOutBox; }
   __device__ uint32_t h_at(int buffer) const { return shared_ + kH + buffer * kHBytes; }
 
-  __device__ void run_block(bool is_wide) const {
-    if (is_wide) {
+  __device__ void run_block(bool is_left_out) const {
+    if (is_left_out) {
       // The copies that have begun end while their memory is the block's.
       if (threadIdx.x == 0) mbarrier_wait(owners_loaded(), 0);
       return;
@@ -141,30 +154,19 @@ class Backward {
   // --- the producer: one thread
   // ---------------------------------------------------------------------------------------
 
-  /// Vectors of the block's head.
-  struct Source {
-    const CUtensorMap* map;
-    int batch;
-    int head;
-  };
-
-  __device__ static void load(uint32_t shared, const Source& from, uint32_t barrier, int chunk, int token) {
+  __device__ static void load(uint32_t shared, const BackwardSource& from, uint32_t barrier, int chunk, int token) {
     tma_load_4d(shared, from.map, barrier, chunk * kChunkDims, token, from.head, from.batch);
-  }
-
-  __device__ Source source_of(const CUtensorMap (&maps)[kLargestGroup]) const {
-    const triangular::Place place = triangular::place_of(p_.group, plan().head);
-    return {&maps[place.relation], place.batch, place.head};
   }
 
   /// The block's first steps, by one thread: barriers and owners.
   __device__ void begin() const {
     constexpr int kWarps = kConsumerThreads / 32;
-    const Source student = source_of(arguments_.student);
-    const Source teacher = source_of(arguments_.teacher);
-    prefetch_tensor_map(student.map);
-    prefetch_tensor_map(teacher.map);
-    prefetch_tensor_map(&arguments_.token_values);
+    const BackwardSources from = Form::sources_of(arguments_, plan().head);
+    prefetch_tensor_map(from.own_student.map);
+    prefetch_tensor_map(from.own_teacher.map);
+    prefetch_tensor_map(from.other_student.map);
+    prefetch_tensor_map(from.other_teacher.map);
+    if constexpr (Form::kOtherValues) prefetch_tensor_map(&arguments_.token_values);
     prefetch_tensor_map(&arguments_.gradient);
     mbarrier_init(owners_loaded(), 1);
     for (int s = 0; s < kStages; ++s) {
@@ -184,33 +186,34 @@ class Backward {
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       for (int token = 0; token < kOwners; token += kTileTokens) {
         const uint32_t to = shared_ + chunk * kOwnerChunk + token * kLineBytes;
-        const int teacher_at = chunk == 0 ? kOut : kTeacherRest - kOwnerChunk;
-        load(to + teacher_at, teacher, owners_loaded(), chunk, plan().first + token);
-        load(to, student, owners_loaded(), chunk, plan().first + token);
+        const int teacher_at = chunk < kRegisterChunks ? kOut : kTeacherRest - kRegisterBytes;
+        load(to + teacher_at, from.own_teacher, owners_loaded(), chunk, plan().first + token);
+        load(to, from.own_student, owners_loaded(), chunk, plan().first + token);
       }
     }
   }
 
   __device__ void produce() const {
-    const Source student = source_of(arguments_.student);
-    const Source teacher = source_of(arguments_.teacher);
+    const BackwardSources from = Form::sources_of(arguments_, plan().head);
     Position position;
     for (int i = 0; i < plan().tiles; ++i) {
-      load_tile(student, teacher, (plan().last_tile - i) * kTileTokens, position);
+      load_tile(from, (plan().last_tile - i) * kTileTokens, position);
       position.advance();
     }
   }
 
-  __device__ void load_tile(const Source& student, const Source& teacher, int token, const Position& position) const {
+  __device__ void load_tile(const BackwardSources& from, int token, const Position& position) const {
     const uint32_t stage = stage_at(position.stage);
     const uint32_t barrier = full(position.stage);
     mbarrier_wait(empty(position.stage), position.parity ^ 1);
     mbarrier_arrive_expect(barrier, kStageBytes);
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      load(stage + chunk * kOtherChunk, student, barrier, chunk, token);
-      load(stage + kStageTeacher + chunk * kOtherChunk, teacher, barrier, chunk, token);
+      load(stage + chunk * kOtherChunk, from.other_student, barrier, chunk, token);
+      load(stage + kStageTeacher + chunk * kOtherChunk, from.other_teacher, barrier, chunk, token);
     }
-    tma_load_4d(stage + kStageValues, &arguments_.token_values, barrier, 0, token, plan().head, 0);
+    if constexpr (Form::kOtherValues) {
+      tma_load_4d(stage + kStageValues, &arguments_.token_values, barrier, 0, token, plan().head, 0);
+    }
   }
 
   // --- the senders: one thread for each group of consumers
@@ -222,24 +225,28 @@ class Backward {
     return kShareTile ? tiles : (tiles + kGroups - 1 - group) / kGroups;
   }
 
-  /// The group's gradients in the order in which it writes them: of each tile's others, then of the owners.
+  /// The group's sums in the order in which it writes them: of each tile's others, then, where they are added, of the
+  /// owners.
   __device__ void send(int group) const {
     int count = 0;
     for (int i = 0; i < plan().tiles; ++i) {
       if (is_of_group(i, group)) send(group, count++, (plan().last_tile - i) * kTileTokens, kShareTile ? group : 0);
     }
-    for (int chunk = 0; chunk < kChunks; ++chunk)
-      send(group, count++, plan().first + group * kTileTokens, chunk);
+    if constexpr (Form::kAddsOwners) {
+      for (int chunk = 0; chunk < kChunks; ++chunk)
+        send(group, count++, plan().first + group * kTileTokens, chunk);
+    }
   }
 
   /// @param count sent before, @param first_token of 64, @param chunk of dimensions
   __device__ void send(int group, int count, int first_token, int chunk) const {
+    const int head = Form::head_of_sums(p_, plan().head);
     mbarrier_wait(out_full(group), count % 2);
 #pragma unroll
     for (int box = 0; box < kOutBoxes; ++box) {
       const int first_dim = chunk * kChunkDims + box * kFloatChunkDims;
-      if (first_dim < p_.student.dim)
-        tma_reduce_add_4d(&arguments_.gradient, out_at(group) + box * kOutBox, first_dim, first_token, plan().head, 0);
+      if (first_dim < Form::dim(p_))
+        tma_reduce_add_4d(&arguments_.gradient, out_at(group) + box * kOutBox, first_dim, first_token, head, 0);
     }
     bulk_commit();
     bulk_wait_read<0>();
@@ -255,10 +262,11 @@ class Backward {
 
 namespace linearard::cuda::sm90 {
 
-template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_constant__ BackwardArguments arguments) {
+template <typename T, int kDim, typename Form>
+__global__ void __launch_bounds__(kThreads, 1)
+    backward_kernel(const __grid_constant__ typename Form::Arguments arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(LINEARARD_EMULATION)
-  Backward<T, kDim>::run(arguments);
+  Backward<T, kDim, Form>::run(arguments);
 #endif
 }
 

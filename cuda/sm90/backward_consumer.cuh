@@ -1,16 +1,17 @@
 #pragma once
 
 #include "backward.cuh"
+#include "rows_gradient.cuh"
 
 // The warpgroups of the backward that compute.
 
 namespace linearard::cuda::sm90 {
 
-/// One warpgroup. Tile i's products of vectors S and T become H, which goes to registers and to shared memory. Its
-/// owners' gradient is then summed at once, the others' one tile later, when the other warpgroup's H is certain to be
-/// there. The warpgroups use the tensor cores in turns: while one multiplies, the other one computes its H.
-template <typename T, int kDim>
-class Backward<T, kDim>::Consumer {
+/// One warpgroup. Tile i's products of vectors S and T become weights H, which go to registers and to shared memory.
+/// Its owners' gradient is then summed at once, the others' one tile later, when the other warpgroup's H is certain to
+/// be there. The warpgroups use the tensor cores in turns: while one multiplies, the other one computes its H.
+template <typename T, int kDim, typename Form>
+class Backward<T, kDim, Form>::Consumer {
  public:
   __device__ Consumer(const Backward& block, int group) : b_(block), group_(group) {}
 
@@ -19,8 +20,6 @@ class Backward<T, kDim>::Consumer {
     load_owners();
     barrier_sync(kAllConsumers, kConsumerThreads);
 
-    const ElementFactors factors(b_.p_.factors);
-    const PairTerms terms{factors};
     float student[kElements];
     float teacher[kElements];
     uint32_t h[kElements / 8][4];
@@ -37,7 +36,7 @@ class Backward<T, kDim>::Consumer {
     for (int i = 0; i < b_.plan().tiles; ++i) {
       pin(student);
       pin(teacher);
-      weigh(student, teacher, terms, i, position.stage, h);
+      weigh(student, teacher, i, position.stage, h);
       store_h(h, i);
       const int stage = position.stage;
       position.advance();
@@ -70,30 +69,24 @@ class Backward<T, kDim>::Consumer {
  private:
   const Backward& b_;
   const int group_;
-  uint32_t owners_[kRegisterSteps][4];  ///< the teacher's vectors of the group's owners, their first chunk
+  uint32_t owners_[kRegisterSteps][4];  ///< the teacher's vectors of the group's owners, their first chunks
   float gradient_[kDim / 2];
 
   __device__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
   __device__ void wait_for_turn() const { sm90::wait_for_turn(group_); }
   __device__ void pass_turn() const { sm90::pass_turn(group_); }
   /// Read again for each tile: registers are scarcer.
-  __device__ BackwardToken* owner_values() const { return reinterpret_cast<BackwardToken*>(b_.memory_ + kOwnerValues); }
+  __device__ Value* owner_values() const { return reinterpret_cast<Value*>(b_.memory_ + kOwnerValues); }
   __device__ bool is_mine(int i) const { return is_of_group(i, group_); }
 
   __device__ void load_owners() {
     const int row = group_ * kTileTokens + warp_of_group() * 16 + lane() % 16;
-    const int token = b_.plan().first + row;
-    if (lane() < 16) {
-      BackwardToken value{0.f, 0.f, 0.f, 0.f};
-      if (token < b_.p_.tokens) value = b_.p_.token_values[static_cast<int64_t>(b_.plan().head) * b_.p_.tokens + token];
-      // Causal, a pair has no term in the row of its earlier token: as a row, this token is no key.
-      if (b_.p_.causal) value.key = 0.f;
-      owner_values()[row] = value;
-    }
+    if (lane() < 16) owner_values()[row] = Form::own_value(b_.p_, b_.plan().head, b_.plan().first + row);
+    constexpr int kStepsOfChunk = kChunkDims / kStep;
     const uint32_t from = swizzled(b_.shared_ + kOut, row, lane() / 16);
 #pragma unroll
     for (int step = 0; step < kRegisterSteps; ++step)
-      load_matrices(owners_[step], swizzled_step(from, step));
+      load_matrices(owners_[step], swizzled_step(from + step / kStepsOfChunk * kOwnerChunk, step % kStepsOfChunk));
   }
 
   // --- products: issued, not waited for
@@ -151,23 +144,15 @@ class Backward<T, kDim>::Consumer {
 
   __device__ void weigh(const float (&student)[kElements],
                         const float (&teacher)[kElements],
-                        const PairTerms& terms,
                         int i,
                         int stage,
                         uint32_t (&h)[kElements / 8][4]) const {
-    const auto* columns =
-        reinterpret_cast<const BackwardToken*>(b_.memory_ + kRing + stage * kStageBytes + kStageValues) +
-        column_of_thread();
-    const BackwardToken* own = owner_values() + group_ * kTileTokens + row_of_thread();
-    const BackwardToken rows[2] = {own[0], own[8]};
+    const auto* columns = reinterpret_cast<const Value*>(b_.memory_ + kRing + stage * kStageBytes + kStageValues);
+    const Value* own = owner_values() + group_ * kTileTokens + row_of_thread();
+    const Value rows[2] = {own[0], own[8]};
     const int first_column = (b_.plan().last_tile - i) * kTileTokens;
     const int first_row = b_.plan().first + group_ * kTileTokens;
-    const Diagonal diagonal{first_row + row_of_thread() - first_column - column_of_thread()};
-    if (first_column + kTileTokens <= first_row) {
-      weigh_pairs<T, false>(student, teacher, terms, rows, columns, diagonal, 1.f, h);
-    } else {
-      weigh_pairs<T, true>(student, teacher, terms, rows, columns, diagonal, b_.p_.causal ? 1.f : 0.5f, h);
-    }
+    Form::template weigh<T>(b_.p_, student, teacher, rows, columns + column_of_thread(), first_row, first_column, h);
   }
 
   __device__ void store_h(const uint32_t (&h)[kElements / 8][4], int i) const {
@@ -232,10 +217,15 @@ class Backward<T, kDim>::Consumer {
       write_others(others, last);
     }
     pin(gradient_);
-    const int written = count_of_group(last + 1, group_);
+    if constexpr (Form::kAddsOwners) {
+      const int written = count_of_group(last + 1, group_);
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk)
-      write(gradient_ + chunk * kElements, written + chunk);
+      for (int chunk = 0; chunk < kChunks; ++chunk)
+        write(gradient_ + chunk * kElements, written + chunk);
+    } else {
+      write_gradient<T, kDim>(b_.p_, gradient_, b_.plan().head,
+                              b_.plan().first + group_ * kTileTokens + row_of_thread());
+    }
   }
 };
 

@@ -1,3 +1,4 @@
+#include "../triangular/launch.h"
 #include "instantiations.h"
 #include "launch.h"
 #include "rows_params.h"
@@ -65,6 +66,15 @@ cudaError_t backward_of(const sm90::RowsBackwardParams& p, sm90::Pairs pairs, cu
 #define LINEARARD_TRY(T, kDim) \
   if (p.own_student.dim <= kDim) return sm90::launch_pairs_backward<T, kDim>(p, pairs, multiprocessors(), stream);
   LINEARARD_FOR_EACH_SM90_ROWS(LINEARARD_TRY, T)
+#undef LINEARARD_TRY
+  return cudaErrorInvalidValue;
+}
+
+template <typename T>
+cudaError_t both_of(const sm90::RowsBackwardParams& p, float* key_sums, cudaStream_t stream) {
+#define LINEARARD_TRY(T, kDim) \
+  if (p.own_student.dim <= kDim) return sm90::launch_sets_backward<T, kDim>(p, key_sums, multiprocessors(), stream);
+  LINEARARD_FOR_EACH_SM90_BACKWARD(LINEARARD_TRY, T)
 #undef LINEARARD_TRY
   return cudaErrorInvalidValue;
 }
@@ -148,6 +158,23 @@ cudaError_t launch_sets_backward_sm90(const BackwardParams& p, void* row_values,
   const sm90::Pairs pairs = p.row_term ? sm90::Pairs::kQueries : sm90::Pairs::kKeys;
   return p.owner_student.type == Scalar::kHalf ? backward_of<__half>(rows, pairs, stream)
                                                : backward_of<__nv_bfloat16>(rows, pairs, stream);
+}
+
+bool sm90_takes_both_sets(const BackwardParams& rows, const BackwardParams& keys) {
+  return sm90_takes_sets(rows) && sm90_takes_sets(keys) && rows.owner_student.dim <= sm90::kLargestBackwardDim;
+}
+
+cudaError_t launch_both_sets_backward_sm90(
+    const BackwardParams& rows, const BackwardParams& keys, void* row_values, float* key_sums, cudaStream_t stream) {
+  auto* const values = static_cast<sm90::RowToken*>(row_values);
+  const sm90::RowTokenParams prepare = sm90::row_token_params_of(rows, values, key_sums, sm90::sum_floats_of(keys));
+  cudaError_t error = sm90::prepare_row_tokens(prepare, stream);
+  if (error != cudaSuccess) return error;
+  const sm90::RowsBackwardParams p = sm90::rows_params_of(rows, values);
+  error = rows.owner_student.type == Scalar::kHalf ? both_of<__half>(p, key_sums, stream)
+                                                   : both_of<__nv_bfloat16>(p, key_sums, stream);
+  if (error != cudaSuccess) return error;
+  return triangular::finish_backward(sm90::finish_params_of(keys, key_sums), stream);
 }
 
 }  // namespace linearard::cuda

@@ -34,11 +34,20 @@ template <typename T, int kDim>
 cudaError_t launch_pairs_forward(const RowsForwardParams& params, int multiprocessors, cudaStream_t stream);
 template <typename T, int kDim>
 cudaError_t launch_pairs_backward(const RowsBackwardParams& p, Pairs pairs, int multiprocessors, cudaStream_t stream);
+/// The gradients of both, each pair once: writes that of the rows and adds to `key_sums` [B, heads / group, others, D]
+/// those of the keys, without the scale; zero before.
+/// @param p of the rows
+template <typename T, int kDim>
+cudaError_t launch_sets_backward(const RowsBackwardParams& p,
+                                 float* key_sums,
+                                 int multiprocessors,
+                                 cudaStream_t stream);
 
 #define LINEARARD_FORWARD(T, kDim) \
   extern template cudaError_t launch_forward<T, kDim>(const TriangularForwardParams&, int, cudaStream_t);
-#define LINEARARD_BACKWARD(T, kDim) \
-  extern template cudaError_t launch_backward<T, kDim>(const TriangularBackwardParams&, int, cudaStream_t);
+#define LINEARARD_BACKWARD(T, kDim)                                                                         \
+  extern template cudaError_t launch_backward<T, kDim>(const TriangularBackwardParams&, int, cudaStream_t); \
+  extern template cudaError_t launch_sets_backward<T, kDim>(const RowsBackwardParams&, float*, int, cudaStream_t);
 #define LINEARARD_ROWS(T, kDim)                                                                                  \
   extern template cudaError_t launch_rows_forward<T, kDim>(const TriangularForwardParams&, int, cudaStream_t);   \
   extern template cudaError_t launch_rows_backward<T, kDim>(const TriangularBackwardParams&, int, cudaStream_t); \

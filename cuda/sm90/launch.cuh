@@ -1,7 +1,7 @@
 #pragma once
 
 #include "../common/launch.cuh"
-#include "backward.cuh"
+#include "backward_relation.cuh"
 #include "forward.cuh"
 #include "tensor_map.h"
 
@@ -39,16 +39,17 @@ cudaError_t launch_forward(const TriangularForwardParams& params, int multiproce
 
 template <typename T, int kDim>
 cudaError_t launch_backward(const TriangularBackwardParams& params, int multiprocessors, cudaStream_t stream) {
+  using Kernel = Backward<T, kDim, RelationForm>;
   BackwardArguments arguments;
-  cudaError_t error = prepare_arguments(arguments, params, Backward<T, kDim>::kOwners, multiprocessors);
+  cudaError_t error = prepare_arguments(arguments, params, Kernel::kOwners, multiprocessors);
   if (error != cudaSuccess) return error;
   const int heads = params.group.problems;
   error = map_token_values(arguments.token_values, params.token_values, heads, params.tokens);
   if (error != cudaSuccess) return error;
   error = map_gradient(arguments.gradient, params.gradient, heads, params.tokens, params.student.dim);
   if (error != cudaSuccess) return error;
-  return launch_overlapping_blocks(backward_kernel<T, kDim>, arguments, arguments.schedule.blocks(), kThreads,
-                                   Backward<T, kDim>::kSharedBytes, stream);
+  return launch_overlapping_blocks(backward_kernel<T, kDim, RelationForm>, arguments, arguments.schedule.blocks(),
+                                   kThreads, Kernel::kSharedBytes, stream);
 }
 
 }  // namespace linearard::cuda::sm90

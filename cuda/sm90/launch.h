@@ -18,7 +18,7 @@ bool sm90_takes(const TriangularBackwardParams& params);
 cudaError_t launch_triangular_forward_sm90(const TriangularForwardParams& params, cudaStream_t stream);
 cudaError_t launch_triangular_backward_sm90(const TriangularBackwardParams& params, cudaStream_t stream);
 
-// --- two sets: row by row, the same bits in every run ----------------------------------------------------------------
+// --- two sets --------------------------------------------------------------------------------------------------------
 
 /// Likewise for calls of the dense kernels on two sets, without padding and ranges.
 bool sm90_takes_sets(const ForwardParams& params);
@@ -31,7 +31,15 @@ cudaError_t launch_sets_forward_sm90(
 
 /// Bytes of each of the rows' heads' rows that the backward works on.
 inline constexpr int kSetsRowBytes = 16;
+/// The gradient of one set, the same bits in every run.
 /// @param row_values aligned to 16 bytes
 cudaError_t launch_sets_backward_sm90(const BackwardParams& params, void* row_values, cudaStream_t stream);
+
+/// Whether one launch may make the gradients of both sets, of the same call: of a dimension of at most 128.
+bool sm90_takes_both_sets(const BackwardParams& rows, const BackwardParams& keys);
+/// Each pair once; the keys' gradient depends on the order of additions.
+/// @param row_values aligned to 16 bytes; @param key_sums [B, key heads, keys, D] likewise
+cudaError_t launch_both_sets_backward_sm90(
+    const BackwardParams& rows, const BackwardParams& keys, void* row_values, float* key_sums, cudaStream_t stream);
 
 }  // namespace linearard::cuda

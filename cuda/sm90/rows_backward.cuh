@@ -1,12 +1,10 @@
 #pragma once
 
-#include "../common/half_range.cuh"
-#include "../common/rounding.cuh"
-#include "../common/visibility.cuh"
 #include "descriptors.cuh"
 #include "instructions.cuh"
 #include "operands.cuh"
 #include "rows.h"
+#include "rows_gradient.cuh"
 #include "rows_pairs.cuh"
 #include "schedule.cuh"
 
@@ -66,6 +64,7 @@ class RowsBackward {
   __device__ static void run(const RowsBackwardArguments& arguments) {
     const Walk walk = Walk::of_block(arguments.schedule, static_cast<int>(blockIdx.x));
     const RowsBackwardParams& p = arguments.params;
+    wait_for_kernels_ahead();
     if (p.wide_heads != nullptr && p.wide_heads[walk.head] != 0) return;
     RowsBackward(arguments, walk).run_block();
   }
@@ -367,12 +366,13 @@ class RowsBackward {
   __device__ void consume(int group) const {
     Consumer consumer(*this, group);
     consumer.run();
+    let_next_kernel_begin();
     // Found again: registers are scarce in the walk.
     const Walk walk = Walk::of_block(arguments_.schedule, anew(static_cast<int>(blockIdx.x)));
     const int first = Terms::first_of(walk.token_block, arguments_.schedule.token_blocks) * kOwners;
     const int row = anew(static_cast<int>(threadIdx.x)) / kWarpgroup * kTileTokens - kTileTokens + row_of_thread();
     if constexpr (kSumsRows) add_own(consumer.gradient, consumer.row_sums, row);
-    write_gradient(consumer.gradient, walk.head, first + row);
+    write_gradient<T, kDim>(p_, consumer.gradient[0], walk.head, first + row);
   }
 
   /// A token's pair with itself: G_ii is minus the sum of the row's others, which keeps digits where P_ii is close to
@@ -394,32 +394,6 @@ class RowsBackward {
           of_pair = fmaf(-2.f * sum, static_cast<float>(x[c]), of_pair);
         }
       }
-    }
-  }
-
-  __device__ void write_gradient(const float (&gradient)[kParts][kPartElements], int problem, int first_row) const {
-    const int dim = p_.own_student.dim;
-    const float scale = static_cast<float>(p_.output_scale) / half_range_scale(p_.largest_grad);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int token = first_row + 8 * r;
-      if (token >= p_.owners) continue;
-      T* to = static_cast<T*>(p_.gradient) + (static_cast<int64_t>(problem) * p_.owners + token) * dim;
-      bool finite = true;
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-        for (int n = 0; n < kPartElements / 4; ++n) {
-          const int d = part * 2 * kPartElements + 8 * n + column_of_thread();
-          if (d >= dim) continue;
-          const float x = gradient[part][4 * n + 2 * r] * scale;
-          const float y = gradient[part][4 * n + 2 * r + 1] * scale;
-          finite = finite && fmaxf(fabsf(x), fabsf(y)) < Base<float>::kHuge && x == x && y == y;
-          const T pair[2] = {saturated_to<T>(x), saturated_to<T>(y)};
-          *reinterpret_cast<uint32_t*>(to + d) = *reinterpret_cast<const uint32_t*>(pair);
-        }
-      }
-      if (!finite) mark_redo(p_.redo, problem, token, p_.owners);
     }
   }
 };

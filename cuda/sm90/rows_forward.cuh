@@ -50,6 +50,7 @@ class RowsForward {
 
   __device__ static void run(const RowsForwardArguments& arguments) {
     const Walk walk = Walk::of_block(arguments.schedule, static_cast<int>(blockIdx.x));
+    wait_for_kernels_ahead();
     if (arguments.params.wide_heads != nullptr && arguments.params.wide_heads[walk.head] != 0) return;
     RowsForward(arguments, walk).run_block();
   }
@@ -184,6 +185,7 @@ class RowsForward {
         visit(even, odd, tile);
         visit(odd, even, tile + 1);
       }
+      let_next_kernel_begin();
       rows_.write(b_.p_, b_.head_, b_.first_ + group_ * kTileTokens);
     }
 

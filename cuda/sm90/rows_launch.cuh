@@ -1,41 +1,25 @@
 #pragma once
 
 #include "../common/launch.cuh"
+#include "rows_arguments.cuh"
 #include "rows_backward.cuh"
 #include "rows_forward.cuh"
 #include "tensor_map.h"
 
 namespace linearard::cuda::sm90 {
 
-inline Schedule schedule_of_rows(int problems, int owners, int block, int64_t head_bytes, int multiprocessors) {
-  Schedule schedule = Schedule::make(problems, (owners + block - 1) / block, 1, 0, head_bytes, multiprocessors);
-  schedule.last_blocks = 0;
-  schedule.parts = 1;
-  return schedule;
-}
-
 template <typename T, int kDim, Pairs kPairs>
 cudaError_t launch_rows(const RowsBackwardParams& p, int multiprocessors, cudaStream_t stream) {
   using Kernel = RowsBackward<T, kDim, kPairs>;
   RowsBackwardArguments arguments;
-  arguments.params = p;
-  // Of both sides: heads that share the others, or walk over several of them, read one of them at a time.
-  const int64_t head_bytes = int64_t{4} * p.others * p.own_student.dim / p.group;
-  arguments.schedule = schedule_of_rows(p.batch * p.heads, p.owners, Kernel::kOwners, head_bytes, multiprocessors);
-  const int other_heads = p.heads * p.other_heads / p.group;
-  const auto map = [&](CUtensorMap& to, const Vectors& vectors, int heads, int tokens) {
-    return map_vectors(to, vectors, p.batch, heads, tokens);
-  };
-  cudaError_t error = map(arguments.own_student, p.own_student, p.heads, p.owners);
-  if (error == cudaSuccess) error = map(arguments.own_teacher, p.own_teacher, p.heads, p.owners);
-  if (error == cudaSuccess) error = map(arguments.other_student, p.other_student, other_heads, p.others);
-  if (error == cudaSuccess) error = map(arguments.other_teacher, p.other_teacher, other_heads, p.others);
+  cudaError_t error = prepare_arguments(arguments, p, kPairs, Kernel::kOwners, multiprocessors);
   if (error == cudaSuccess && p.other_values != nullptr) {
+    const int other_heads = p.heads * p.other_heads / p.group;
     error = map_token_values(arguments.other_values, p.other_values, p.batch * other_heads, p.others);
   }
   if (error != cudaSuccess) return error;
-  return launch_blocks(rows_backward_kernel<T, kDim, kPairs>, arguments, arguments.schedule.blocks(), kThreads,
-                       Kernel::kSharedBytes, stream);
+  return launch_overlapping_blocks(rows_backward_kernel<T, kDim, kPairs>, arguments, arguments.schedule.blocks(),
+                                   kThreads, Kernel::kSharedBytes, stream);
 }
 
 template <typename T, int kDim, typename Rows>
@@ -44,7 +28,9 @@ cudaError_t launch_rows(const RowsForwardParams& p, int multiprocessors, cudaStr
   RowsForwardArguments arguments;
   arguments.params = p;
   const int64_t head_bytes = int64_t{4} * p.others * p.own_student.dim / p.group;  // of both sides
-  arguments.schedule = schedule_of_rows(p.batch * p.heads, p.owners, Kernel::kOwners, head_bytes, multiprocessors);
+  const RowWalks walks = p.causal ? RowWalks::of_queries(p.offset, p.others) : RowWalks{};
+  arguments.schedule =
+      schedule_of_rows(p.batch * p.heads, p.owners, Kernel::kOwners, walks, head_bytes, multiprocessors);
   const int other_heads = p.heads / p.group;
   cudaError_t error = map_vectors(arguments.own_student, p.own_student, p.batch, p.heads, p.owners);
   if (error == cudaSuccess) error = map_vectors(arguments.own_teacher, p.own_teacher, p.batch, p.heads, p.owners);
@@ -53,8 +39,8 @@ cudaError_t launch_rows(const RowsForwardParams& p, int multiprocessors, cudaStr
   if (error == cudaSuccess)
     error = map_vectors(arguments.other_teacher, p.other_teacher, p.batch, other_heads, p.others);
   if (error != cudaSuccess) return error;
-  return launch_blocks(rows_forward_kernel<T, kDim, Rows>, arguments, arguments.schedule.blocks(), kThreads,
-                       Kernel::kSharedBytes, stream);
+  return launch_overlapping_blocks(rows_forward_kernel<T, kDim, Rows>, arguments, arguments.schedule.blocks(), kThreads,
+                                   Kernel::kSharedBytes, stream);
 }
 
 /// Instantiated in instantiations/, one file for each dtype and dimension.

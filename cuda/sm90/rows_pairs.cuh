@@ -78,7 +78,7 @@ class RowTerms<Pairs::kRelation> {
 __device__ inline float row_weight(const LogitFactors& f, float student, float teacher, const RowToken& row) {
   const float w = exp2_approximate(fmaf(student - teacher, f.student, -row.shift));
   const float e = exp2_approximate(fmaf(teacher, f.teacher, -row.bias));
-  return e * (w - 1.f) * row.weight;
+  return fmaf(e, w, -e) * row.weight;
 }
 
 template <>

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "../triangular/params.h"
 #include "rows.h"
 
 // Calls of the dense kernels on two sets as the row-wise kernels take them.
@@ -65,7 +66,7 @@ inline RowsBackwardParams rows_params_of(const BackwardParams& p, const RowToken
   return rows;
 }
 
-/// Values of the rows for a backward.
+/// Values of the rows for a backward, and zeros for what it adds to.
 struct RowTokenParams {
   int64_t count;  ///< of all heads' rows
   Visibility visibility;
@@ -74,8 +75,17 @@ struct RowTokenParams {
   const float* lse_teacher;
   const float* largest_grad;  ///< null but for half
   RowToken* values;
+  float* sums;         ///< zeroed, aligned to 16 bytes; null: none
+  int64_t sum_floats;  ///< a multiple of 4
 };
-inline RowTokenParams row_token_params_of(const BackwardParams& p, RowToken* values) {
+/// Floats of the sums of the keys' gradient.
+inline int64_t sum_floats_of(const BackwardParams& keys) {
+  return int64_t{keys.batch} * keys.heads * keys.visibility.keys * keys.owner_student.dim;
+}
+inline RowTokenParams row_token_params_of(const BackwardParams& p,
+                                          RowToken* values,
+                                          float* sums = nullptr,
+                                          int64_t sum_floats = 0) {
   const int64_t row_heads = int64_t{p.heads} * (p.row_term ? 1 : p.other_heads);
   return {p.batch * row_heads * p.visibility.rows,
           p.visibility,
@@ -83,8 +93,23 @@ inline RowTokenParams row_token_params_of(const BackwardParams& p, RowToken* val
           static_cast<const float*>(p.lse_student),
           static_cast<const float*>(p.lse_teacher),
           p.largest_grad,
-          values};
+          values,
+          sums,
+          sum_floats};
 }
 cudaError_t prepare_row_tokens(const RowTokenParams& params, cudaStream_t stream);
+
+/// The keys' gradient out of its sums.
+inline FinishBackwardParams finish_params_of(const BackwardParams& keys, const float* sums) {
+  FinishBackwardParams finish{};
+  finish.type = keys.owner_student.type;
+  finish.group = RelationGroup::of(keys.batch, &keys.heads, 1);
+  finish.tokens = keys.visibility.keys;
+  finish.dim = keys.owner_student.dim;
+  finish.output_scale = keys.output_scale;
+  finish.sums = sums;
+  finish.relations[0] = {keys.gradient, keys.largest_grad, keys.redo};
+  return finish;
+}
 
 }  // namespace linearard::cuda::sm90

@@ -47,26 +47,37 @@ struct Schedule {
   static Schedule make(int heads, int token_blocks, int longest, int step, int64_t head_bytes, int multiprocessors) {
     constexpr int64_t kCacheBytes = int64_t{24} << 20;
     constexpr int kShortestPart = 4;
-    constexpr double kLastWork = 1.6;
     const int64_t walks = static_cast<int64_t>(heads) * token_blocks;
     int64_t wanted = 2 * multiprocessors / std::max<int64_t>(walks, 1);
     // A part more costs the owners' vectors again: an eighth is let pass.
     const int64_t of_head = token_blocks * (2 * int64_t{longest} - int64_t{step} * (token_blocks - 1)) / 2;
     const int64_t share = std::max<int64_t>(of_head * heads / multiprocessors, 1);  // of a multiprocessor, in tiles
-    const auto is_enabled = [](const char* name) {
-      const char* value = std::getenv(name);
-      return value == nullptr || value[0] != '0';
-    };
     static const bool cuts = is_enabled("LINEARARD_CUT");
-    static const bool orders = is_enabled("LINEARARD_ORDER");
     if (cuts && longest > share + share / 8) wanted = std::max(wanted, (longest + share - 1) / share);
     const auto group = static_cast<int>(std::clamp<int64_t>(kCacheBytes / std::max<int64_t>(head_bytes, 1), 1, heads));
-    // The work at the end grows with the square of their number: it is about that of the longest walk on each
-    // multiprocessor.
-    const double last = std::sqrt(kLastWork * multiprocessors * token_blocks / std::max(heads, 1));
-    return {heads, group, token_blocks,
-            orders && group < heads ? static_cast<int>(std::min<double>(last, token_blocks)) : 0,
-            static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max(longest / kShortestPart, 1)))};
+    Schedule schedule{heads, group, token_blocks, 0,
+                      static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max(longest / kShortestPart, 1)))};
+    if (step > 0) schedule.order(0, token_blocks, multiprocessors);
+    return schedule;
+  }
+
+  /// Lets short walks come last.
+  /// @param shortest the shortest walk but for the first of its steps, in steps; less than 0: as many are empty,
+  /// @param longest in steps
+  void order(double shortest, double longest, int multiprocessors) {
+    constexpr double kLastWork = 1.6;
+    static const bool orders = is_enabled("LINEARARD_ORDER");
+    if (!orders || heads_of_group >= heads) return;
+    // The work at the end grows with the square of their number, where the shortest walks are short: it is about that
+    // of the longest walk on each multiprocessor.
+    const double least = std::max(shortest, 0.0);
+    const double walks = std::sqrt(least * least + kLastWork * multiprocessors * longest / std::max(heads, 1)) - least;
+    last_blocks = static_cast<int>(std::min<double>(walks + std::max(-shortest, 0.0), token_blocks));
+  }
+
+  static bool is_enabled(const char* name) {
+    const char* value = std::getenv(name);
+    return value == nullptr || value[0] != '0';
   }
 };
 

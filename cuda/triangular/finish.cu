@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads)
   let_next_kernel_begin();
   wait_for_kernels_ahead();
   const int64_t problem = static_cast<int>(blockIdx.x) / blocks;
-  if (p.wide_heads[problem] != 0) return;
+  if (p.wide_heads != nullptr && p.wide_heads[problem] != 0) return;
   const Place place = place_of(p.group, static_cast<int>(problem));
   const VectorGradient& result = p.relations[place.relation];
   const int chunks_of_vector = p.dim / kChunk;

@@ -205,15 +205,16 @@ struct VectorGradient {
   RedoMarks redo;
 };
 
-/// After the backward: the sums in float become the gradient, of the student's type.
+/// After the backward: the sums in float become the gradient, of the student's type. The keys of two sets are a
+/// relation of one.
 struct FinishBackwardParams {
   Scalar type;
   RelationGroup group;
   int tokens;
   int dim;
   double output_scale;
-  const int* wide_heads;
-  const float* sums;  ///< [P, N, D]
+  const int* wide_heads;  ///< null: none
+  const float* sums;      ///< [P, N, D]
   VectorGradient relations[kLargestGroup];
 };
 

@@ -6,6 +6,7 @@
 #include "../common/instructions.cuh"
 #include "../common/launch.cuh"
 #include "../common/visibility.cuh"
+#include "../common/zeros.cuh"
 #include "group.cuh"
 #include "launch.h"
 
@@ -196,23 +197,12 @@ constexpr float kLargestShift = 40.f;
 /// A row's weight, with the ratio of its probabilities or without, lies within 2 to this power and its inverse.
 constexpr float kLargestPower = 122.f;
 
-constexpr int kLargestParts = 8;   ///< blocks that share a head; each looks for the extremes of all of it
-constexpr int kPartTokens = 256;   ///< of a block, where there are fewer than that many
-constexpr int kZeroedChunks = 16;  ///< of 16 bytes, by a thread of the blocks that only zero
+constexpr int kLargestParts = 8;  ///< blocks that share a head; each looks for the extremes of all of it
+constexpr int kPartTokens = 256;  ///< of a block, where there are fewer than that many
 
 __host__ __device__ int parts_of_head(int tokens) {
   const int parts = (tokens + kPartTokens - 1) / kPartTokens;
   return parts < kLargestParts ? parts : kLargestParts;
-}
-
-__device__ void zero_gradient(const PrepareBackwardParams& p, int64_t block) {
-  const int64_t first = block * kZeroedChunks * kThreads + threadIdx.x;
-  const int64_t chunks = p.gradient_floats / 4;
-#pragma unroll
-  for (int i = 0; i < kZeroedChunks; ++i) {
-    const int64_t chunk = first + i * kThreads;
-    if (chunk < chunks) reinterpret_cast<float4*>(p.gradient)[chunk] = float4{0, 0, 0, 0};
-  }
 }
 
 /// What a head's rows have in common.
@@ -273,7 +263,7 @@ __global__ void __launch_bounds__(kThreads) prepare_backward_kernel(const __grid
   wait_for_kernels_ahead();
   let_next_kernel_begin();
   if (blockIdx.x >= head_blocks) {
-    zero_gradient(p, blockIdx.x - head_blocks);
+    write_zeros<kThreads>(p.gradient, p.gradient_floats, blockIdx.x - head_blocks);
     return;
   }
   const int problem = static_cast<int>(blockIdx.x) / parts;
@@ -336,8 +326,8 @@ cudaError_t prepare_forward(const PrepareForwardParams& params, cudaStream_t str
 
 cudaError_t prepare_backward(const PrepareBackwardParams& params, cudaStream_t stream) {
   const int64_t head_blocks = int64_t{params.group.problems} * parts_of_head(params.visibility.rows);
-  const int64_t zero_blocks = quotient_up(params.gradient_floats / 4, kZeroedChunks * kThreads);
-  return launch_overlapping_blocks(prepare_backward_kernel, params, head_blocks + zero_blocks, kThreads, 0, stream);
+  const int64_t blocks = head_blocks + zero_blocks(params.gradient_floats, kThreads);
+  return launch_overlapping_blocks(prepare_backward_kernel, params, blocks, kThreads, 0, stream);
 }
 
 }  // namespace linearard::cuda::triangular

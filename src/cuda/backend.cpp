@@ -129,11 +129,6 @@ class BackwardCall {
         lse_student_(contiguous_as(lse_student, dtype_)),
         lse_teacher_(contiguous_as(lse_teacher, dtype_)),
         ratios_(measured_ratios(problem_)) {
-    if (!problem_.relation && problem_.divergence == linearard::Divergence::kForwardKL) {
-      const at::Tensor like = row_tensor(problem_, at::kInt);
-      dominant_keys_ = at::full(like.sizes(), -1, like.options());
-      dominant_gradients_ = row_tensor(problem_, at::kDouble);
-    }
     if (problem_.divergence != linearard::Divergence::kForwardKL) {
       center_ = row_tensor(problem_, dtype_);
       const RowTensors to{center_, row_tensor(problem_, dtype_), row_tensor(problem_, dtype_)};
@@ -184,9 +179,35 @@ class BackwardCall {
             output_scale_, pending.gradient, pending.params.redo};
   }
 
-  /// Gradient of the keys of the pair form, summed over the rows' heads that share them. After rows(), whose kernels
-  /// leave the dominant keys.
-  at::Tensor keys() const {
+  /// Gradients of the pair form: of the rows, and of the keys, summed over the rows' heads that share them.
+  TwoTensors rows_and_keys() const {
+    Pending of_rows = begin_rows();
+    Pending of_keys = begin_keys();
+    of_rows.params.grad_kl = of_keys.params.grad_kl = grad_kl_.const_data_ptr();
+    const bool at_once = takes_both_sets(problem_, of_rows.params, of_keys.params);
+    if (at_once) {
+      clear_marks(of_rows);
+      clear_marks(of_keys);
+      both_sets_backward(problem_, of_rows.params, of_keys.params);
+    }
+    // Of other kernels only, whose rows leave them for the keys.
+    at::Tensor dominant_keys;
+    at::Tensor dominant_gradients;
+    if (problem_.divergence == linearard::Divergence::kForwardKL) {
+      const at::Tensor like = row_tensor(problem_, at::kInt);
+      dominant_keys = at::full(like.sizes(), -1, like.options());
+      dominant_gradients = row_tensor(problem_, at::kDouble);
+      for (Pending* pending : {&of_rows, &of_keys}) {
+        pending->params.dominant_keys = dominant_keys.mutable_data_ptr<int>();
+        pending->params.dominant_gradients = dominant_gradients.mutable_data_ptr<double>();
+      }
+    }
+    at::Tensor rows = at_once ? finish_in_double(of_rows, of_rows.params) : finish(of_rows, std::nullopt);
+    at::Tensor keys = at_once ? finish_in_double(of_keys, of_keys.params) : finish(of_keys, std::nullopt);
+    return {std::move(rows), std::move(keys)};
+  }
+
+  Pending begin_keys() const {
     BackwardParams params = parameters();
     const int64_t heads = problem_.heads();
     params.owner_student = vectors_of(problem_.student_keys, heads);
@@ -196,7 +217,7 @@ class BackwardCall {
     params.heads = narrow(problem_.student_keys.size(1));
     params.other_heads = params.owner_student.group;
     params.column_term = true;
-    return finish(begin(params, problem_.student_keys), std::nullopt);
+    return begin(params, problem_.student_keys);
   }
 
   /// @param left what triangular_backward says of the problem; its memory is given up before the steps in double
@@ -213,12 +234,21 @@ class BackwardCall {
       check_launch(backward_in_double(params, Blocks::kAll, stream), kAction, device);
       return gradient;
     }
-    if (!left) pending.memory.narrow(0, 0, pending.mark_ints).zero_();
+    if (!left) clear_marks(pending);
     params.only_heads = left ? left->heads : nullptr;
     if (!sets_backward(problem_, params)) check_launch(backward(params, stream), kAction, device);
     left.reset();
+    return finish_in_double(pending, params);
+  }
 
-    // Float statistics cannot hold what made the marks: all again in double.
+ private:
+  static void clear_marks(const Pending& pending) { pending.memory.narrow(0, 0, pending.mark_ints).zero_(); }
+
+  /// Float statistics cannot hold what made the marks: all again in double.
+  at::Tensor finish_in_double(const Pending& pending, BackwardParams params) const {
+    constexpr const char* kAction = "backward";
+    const at::Device device = problem_.device();
+    const cudaStream_t stream = current_stream(device);
     const auto wide = [&] { return row_tensor(problem_, at::kDouble); };
     const RowTensors statistics{center_.defined() ? wide() : at::Tensor(), wide(), wide()};
     ForwardParams again = center_params();
@@ -230,10 +260,9 @@ class BackwardCall {
     params.center = statistics.kl.defined() ? statistics.kl.const_data_ptr() : nullptr;
     params.wide_statistics = true;
     check_launch(backward_in_double(params, Blocks::kMarked, stream), kAction, device);
-    return gradient;
+    return pending.gradient;
   }
 
- private:
   Problem problem_;
   LogitForm form_;
   bool float64_;
@@ -243,8 +272,6 @@ class BackwardCall {
   at::Tensor lse_student_;
   at::Tensor lse_teacher_;
   at::Tensor ratios_;
-  at::Tensor dominant_keys_;
-  at::Tensor dominant_gradients_;
   at::Tensor center_;
   at::Tensor largest_grad_;
 
@@ -264,10 +291,6 @@ class BackwardCall {
     params.teacher_multiplier = float64_ ? form_.teacher_multiplier : 1;
     params.difference_ratio = difference_ratio(problem_);
     params.difference_ratios = ratios_.defined() ? ratios_.const_data_ptr<double>() : nullptr;
-    if (dominant_keys_.defined()) {
-      params.dominant_keys = dominant_keys_.mutable_data_ptr<int>();
-      params.dominant_gradients = dominant_gradients_.mutable_data_ptr<double>();
-    }
     params.gradient_multiplier = float64_ ? form_.gradient_multiplier : 1;
     params.output_scale = output_scale_;
     params.divergence = kernel_divergence(problem_.divergence);
@@ -386,8 +409,7 @@ struct CudaBackend {
       const auto zeros = [](const at::Tensor& like) { return at::zeros(like.sizes(), like.options()); };
       return {zeros(arguments.query_student), zeros(arguments.key_student)};
     }
-    const BackwardCall call = backward_call(grad_kl, lse_student, lse_teacher, arguments, std::move(problem));
-    return {call.rows(), call.keys()};
+    return backward_call(grad_kl, lse_student, lse_teacher, arguments, std::move(problem)).rows_and_keys();
   }
 
   static at::Tensor relation_lse(const RelationArguments& arguments) {

@@ -42,4 +42,23 @@ bool sets_backward(const Problem& problem, const BackwardParams& params) {
   return true;
 }
 
+bool takes_both_sets(const Problem& problem, const BackwardParams& rows, const BackwardParams& keys) {
+  // Sums of the keys in float are within the memory that is promised where the keys are not more than the rows.
+  return !problem.relation && !problem.float64() && !problem.deterministic && hopper_is_enabled() &&
+         problem.student_keys.size(1) * problem.keys() <= problem.heads() * problem.rows() &&
+         sm90_takes_both_sets(rows, keys);
+}
+
+void both_sets_backward(const Problem& problem, const BackwardParams& rows, const BackwardParams& keys) {
+  const int64_t row_count = problem.batch() * problem.heads() * problem.rows();
+  const int64_t value_floats = row_count * kSetsRowBytes / static_cast<int64_t>(sizeof(float));
+  const int64_t sum_floats = problem.student_keys.numel();
+  const at::Device device = problem.device();
+  const at::Tensor memory =
+      at::empty({value_floats + sum_floats}, at::TensorOptions().device(device).dtype(at::kFloat));
+  auto* const values = memory.mutable_data_ptr<float>();
+  check_launch(launch_both_sets_backward_sm90(rows, keys, values, values + value_floats, current_stream(device)),
+               "backward", device);
+}
+
 }  // namespace linearard::cuda

@@ -8,6 +8,7 @@
 #include <emulation/block.h>
 #include <sm90/instantiations.h>
 #include <sm90/rows_params.h>
+#include <triangular/launch.h>
 
 #include "kernel_parameters.h"
 #include "reference.h"
@@ -56,6 +57,24 @@ cudaError_t launch_of(const cuda::sm90::RowsBackwardParams& p, cuda::sm90::Pairs
   return cuda::sm90::launch_pairs_backward<T, 256>(p, pairs, 4, nullptr);
 }
 
+template <typename T>
+cudaError_t launch_both(const cuda::sm90::RowsBackwardParams& p, float* key_sums) {
+  if (p.own_student.dim <= 64) return cuda::sm90::launch_sets_backward<T, 64>(p, key_sums, 4, nullptr);
+  return cuda::sm90::launch_sets_backward<T, 128>(p, key_sums, 4, nullptr);
+}
+
+at::Tensor marks_of(const at::Tensor& owners) {
+  return testing::clear_marks(owners.size(0) * owners.size(1), owners.size(2));
+}
+
+/// Of both sets, and the marks.
+struct Gradients {
+  at::Tensor of_queries;
+  at::Tensor of_keys;
+  at::Tensor query_marks;
+  at::Tensor key_marks;
+};
+
 class SetsSm90 : public ::testing::TestWithParam<Sets> {
  protected:
   void SetUp() override {
@@ -83,7 +102,7 @@ class SetsSm90 : public ::testing::TestWithParam<Sets> {
 
   at::Tensor run_backward(cuda::BackwardParams params, const at::Tensor& owners, const at::Tensor& grad_kl) const {
     const at::Tensor gradient = at::full_like(owners, std::numeric_limits<double>::quiet_NaN());
-    const at::Tensor marks = testing::clear_marks(owners.size(0) * owners.size(1), owners.size(2));
+    const at::Tensor marks = marks_of(owners);
     const at::Tensor largest = grad_kl.abs().max();
     params.gradient = gradient.mutable_data_ptr();
     params.redo = marks.mutable_data_ptr<int>();
@@ -98,6 +117,37 @@ class SetsSm90 : public ::testing::TestWithParam<Sets> {
         cudaSuccess);
     EXPECT_EQ(marks.sum().item<int64_t>(), 0);
     return gradient;
+  }
+
+  /// The steps of launch_both_sets_backward_sm90.
+  Gradients run_both(const at::Tensor& grad_kl, const testing::ForwardResult& statistics) const {
+    const auto unwritten = [](const at::Tensor& like) {
+      return at::full_like(like, std::numeric_limits<double>::quiet_NaN());
+    };
+    Gradients gradients{unwritten(query_), unwritten(key_), marks_of(query_), marks_of(key_)};
+    cuda::BackwardParams rows = testing::row_gradient_params(problem_, grad_kl, statistics);
+    cuda::BackwardParams keys = testing::key_gradient_params(problem_, grad_kl, statistics);
+    const at::Tensor largest = grad_kl.abs().max();
+    if (query_.scalar_type() == at::kHalf) rows.largest_grad = keys.largest_grad = largest.const_data_ptr<float>();
+    rows.gradient = gradients.of_queries.mutable_data_ptr();
+    keys.gradient = gradients.of_keys.mutable_data_ptr();
+    rows.redo = gradients.query_marks.mutable_data_ptr<int>();
+    keys.redo = gradients.key_marks.mutable_data_ptr<int>();
+    const at::Tensor values = at::empty({grad_kl.numel(), 4}, at::kFloat);
+    const at::Tensor sums = unwritten(key_.to(at::kFloat));
+    auto* const row_values = reinterpret_cast<cuda::sm90::RowToken*>(values.mutable_data_ptr<float>());
+    auto* const key_sums = sums.mutable_data_ptr<float>();
+    EXPECT_EQ(cuda::sm90::sum_floats_of(keys), sums.numel());
+    EXPECT_EQ(cuda::sm90::prepare_row_tokens(cuda::sm90::row_token_params_of(rows, row_values, key_sums, sums.numel()),
+                                             nullptr),
+              cudaSuccess);
+    EXPECT_EQ(sums.abs().sum().item<double>(), 0);
+    const auto params = cuda::sm90::rows_params_of(rows, row_values);
+    EXPECT_EQ(query_.scalar_type() == at::kHalf ? launch_both<__half>(params, key_sums)
+                                                : launch_both<__nv_bfloat16>(params, key_sums),
+              cudaSuccess);
+    EXPECT_EQ(cuda::triangular::finish_backward(cuda::sm90::finish_params_of(keys, key_sums), nullptr), cudaSuccess);
+    return gradients;
   }
 };
 
@@ -141,6 +191,19 @@ TEST_P(SetsSm90, AgreesWithFloat64) {
   EXPECT_LE(relative_error(run_backward(testing::key_gradient_params(problem_, weights, result), key_, weights),
                            exact_key.grad()),
             gradient_promise(s.type));
+  if (s.dim > 128) return;
+  const Gradients both = run_both(weights, result);
+  EXPECT_LE(relative_error(both.of_queries, exact_query.grad()), gradient_promise(s.type));
+  EXPECT_LE(relative_error(both.of_keys, exact_key.grad()), gradient_promise(s.type));
+  EXPECT_EQ(both.query_marks.sum().item<int64_t>(), 0);
+  EXPECT_EQ(both.key_marks.sum().item<int64_t>(), 0);
+
+  if (s.keys == 1) return;
+  // What float cannot hold is marked in both.
+  result.lse_student.fill_(-300);
+  const Gradients marked = run_both(weights, result);
+  EXPECT_GT(marked.query_marks.sum().item<int64_t>(), 0);
+  EXPECT_GT(marked.key_marks.sum().item<int64_t>(), 0);
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -157,7 +220,26 @@ INSTANTIATE_TEST_SUITE_P(
         Sets{.rows = 64, .keys = 400, .grown = 30, .schedule = 5},
         Sets{.rows = 64, .keys = 300, .noise = 0.02, .shift = 4},
         Sets{.rows = 140, .keys = 200, .dim = 256, .causal = true, .schedule = 6},
-        Sets{.heads = 1, .key_heads = 1, .rows = 3, .keys = 1}),
+        Sets{.heads = 1, .key_heads = 1, .rows = 3, .keys = 1},
+        Sets{.heads = 2, .key_heads = 1, .rows = 300, .keys = 100, .causal = true, .schedule = 7},
+        Sets{.batch = 2,
+             .heads = 3,
+             .key_heads = 1,
+             .rows = 190,
+             .keys = 260,
+             .dim = 120,
+             .causal = true,
+             .schedule = 8},
+        Sets{.heads = 6,
+             .key_heads = 2,
+             .rows = 140,
+             .keys = 140,
+             .dim = 64,
+             .type = at::kHalf,
+             .causal = true,
+             .noise = 1,
+             .schedule = 9},
+        Sets{.heads = 2, .key_heads = 1, .rows = 64, .keys = 600, .dim = 128, .grown = 30, .schedule = 10}),
     [](const auto& info) { return "Case" + std::to_string(info.index); });
 
 }  // namespace

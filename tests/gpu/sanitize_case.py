@@ -78,6 +78,8 @@ def main() -> int:
         relation(head_dim, dtype, divergence="reverse_kl", causal=True)
         attention(head_dim, dtype)
         attention(head_dim, dtype, causal=False)
+        attention(head_dim, dtype, deterministic=True)
+        attention(head_dim, dtype, causal=False, deterministic=True)
     relation(300, torch.bfloat16)  # above the largest kernel with tensor cores
     # What float cannot hold goes the way in double.
     relation(64, torch.bfloat16, size=1e25)

@@ -83,16 +83,20 @@ def test_head_dims(head_dim, dtype, causal):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 @pytest.mark.parametrize("head_dim", [7, 64, 80, 96, 128, 192, 256, 300])
-def test_head_dims_of_attention(head_dim, dtype, causal):
-    """Grouped queries, another number of keys."""
-    query, query_teacher = pair((1, 6, 150, head_dim), dtype)
-    key, key_teacher = pair((1, 2, 170, head_dim), dtype, seed=5)
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("tokens", [(150, 170), (400, 90)], ids=str)
+def test_head_dims_of_attention(head_dim, dtype, causal, deterministic, tokens):
+    """Grouped queries; more keys than queries, and so few that causal, whole tiles of queries see none."""
+    queries, keys = tokens
+    query, query_teacher = pair((1, 6, queries, head_dim), dtype)
+    key, key_teacher = pair((1, 2, keys, head_dim), dtype, seed=5)
     inputs = (query, key, query_teacher, key_teacher)
-    grad_kl = torch.rand(1, 6, 150, device=CUDA) - 0.3
+    options = {"causal": causal, "deterministic": deterministic}
+    grad_kl = torch.rand(1, 6, queries, device=CUDA) - 0.3
     expected = expected_attention(inputs, grad_kl.double(), causal=causal)
-    kl, lse_student, lse_teacher = ops.attention_kl_forward(*inputs, causal=causal)
+    kl, lse_student, lse_teacher = ops.attention_kl_forward(*inputs, **options)
     assert_rows_close(kl, expected)
-    gradients = ops.attention_kl_backward(grad_kl, *inputs, lse_student, lse_teacher, causal=causal)
+    gradients = ops.attention_kl_backward(grad_kl, *inputs, lse_student, lse_teacher, **options)
     for gradient, exact, floor in zip(gradients, expected.gradients, expected.gradient_floors, strict=True):
         assert_gradient_close(gradient, exact, floor)
 
@@ -363,3 +367,23 @@ def test_memory_is_linear_and_planned(head_dim, dtype, kind):
     both = bytes_beyond(lambda: loss_and_gradient(student, teacher, **options))
     # The rows, their statistics and their gradient live through it; the reduction sums in float64.
     assert both <= max(forward, backward) + batch * heads * tokens * 6 * 8 + 16 * 512
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize("key_heads", [2, 8])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("one_grad", [False, True])
+def test_memory_of_attention(head_dim, dtype, key_heads, deterministic, one_grad):
+    """Likewise, counted over the queries; the keys' gradient may be summed in float."""
+    heads, tokens = 8, 2048
+    query, query_teacher = pair((1, heads, tokens, head_dim), dtype)
+    key, key_teacher = pair((1, key_heads, tokens, head_dim), dtype, seed=5)
+    inputs = (query, key, query_teacher, key_teacher)
+    options = {"causal": True, "deterministic": deterministic}
+    kl, lse_student, lse_teacher = ops.attention_kl_forward(*inputs, **options)
+    grad_kl = torch.ones((), device=CUDA).expand_as(kl) if one_grad else torch.ones_like(kl)
+    promised = 4 * heads * tokens * (8 + head_dim)
+    assert bytes_beyond(lambda: ops.attention_kl_forward(*inputs, **options)) <= promised
+    backward = bytes_beyond(lambda: ops.attention_kl_backward(grad_kl, *inputs, lse_student, lse_teacher, **options))
+    assert backward <= promised
