@@ -103,7 +103,8 @@ def measure(recipe: Recipe, display: Display) -> dict[str, StageCost]:
     display.say(f"Random weights: {run.model}")
     torch.manual_seed(run.seed)
     architecture = dict(run.architecture) if isinstance(run.architecture, dict) else None
-    model = random_model(run.model, architecture, dtype=DTYPES[run.model_dtype])
+    with run.device:  # billions of random numbers take a CPU minutes
+        model = random_model(run.model, architecture, dtype=DTYPES[run.model_dtype])
     config = model.config.get_text_config(decoder=True)
     contexts = Contexts.of(config, recipe)
     contexts.check(recipe)
