@@ -153,18 +153,19 @@ def enable_capture(model: nn.Module) -> list[int]:
     return layers
 
 
+def masks_can_be_left_out(model: nn.Module) -> bool:
+    """Whether `without_masks` has an effect: capture is enabled, and there are no sliding windows."""
+    config = transformers_model(model).config
+    return config._attn_implementation == ATTENTION_NAME and getattr(config, "sliding_window", None) is None
+
+
 @contextmanager
 def without_masks(*models: nn.Module) -> Iterator[None]:
     """Run enabled models without looking for padding or packed sequences, which the batches must not have.
 
     Models with sliding windows keep their masks.
     """
-    configs = [transformers_model(model).config for model in models]
-    changed = [
-        config
-        for config in configs
-        if config._attn_implementation == ATTENTION_NAME and getattr(config, "sliding_window", None) is None
-    ]
+    changed = [transformers_model(model).config for model in models if masks_can_be_left_out(model)]
     for config in changed:
         config._attn_implementation = UNMASKED_NAME
     try:

@@ -1,5 +1,6 @@
 """Continued pre-training (CPT): next-token loss on long sequences, without ever making all of their logits."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from linearard.capture import decoder_of, few_logits, transformers_model
+from linearard.capture import decoder_of, enable_capture, few_logits, transformers_model, without_masks
 from linearard.errors import UserError
 from linearard.linear_cross_entropy import IGNORED, linear_cross_entropy
 from linearard.stage_trainer import StageTrainer
@@ -32,6 +33,10 @@ class CPTTrainer(StageTrainer):
 
     def __init__(self, model: PreTrainedModel, args: CPTConfig, **kwargs: Any) -> None:
         check_head(model)
+        # The same attention, without asking the GPU in every pass whether sequences are packed.
+        if model.config._attn_implementation == "sdpa":
+            with contextlib.suppress(UserError):
+                enable_capture(model)
         student = make_trainable(model, args)
         super().__init__(model=student, args=args, **kwargs)
 
@@ -48,7 +53,11 @@ class CPTTrainer(StageTrainer):
     ) -> Any:
         """The next-token loss; with `num_items_in_batch`, its share of the mean over that many predicted tokens."""
         targets = next_tokens(inputs)
-        hidden, outputs = last_hidden_states(model, self.model_inputs(inputs))
+        inputs = self.model_inputs(inputs)
+        with contextlib.ExitStack() as stack:
+            if not inputs.keys() & {"attention_mask", "position_ids"}:
+                stack.enter_context(without_masks(self.model))
+            hidden, outputs = last_hidden_states(model, inputs)
         loss = next_token_loss(transformers_model(self.model), hidden, targets)
         items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         loss = loss / items

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from linearard.capture import LayerStates, capture_states, few_logits, transformers_model
 from linearard.config import EvaluationConfig
-from linearard.data import LastWordExample, evaluation_windows, last_word_examples
+from linearard.data import LastWordExample, evaluation_windows, last_word_examples, sequence_start
 from linearard.errors import UserError
 from linearard.losses import RELATIONS, ARDLoss
 
@@ -142,7 +142,7 @@ def last_word_losses(
 
 def _encode(example: LastWordExample, tokenizer: PreTrainedTokenizerBase) -> tuple[int, list[int], int]:
     """(length, ids of passage and word, number of the word's tokens): sorting by length keeps padding small."""
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    start = sequence_start(tokenizer)
     context: list[int] = tokenizer(example.context, add_special_tokens=False)["input_ids"]
     word: list[int] = tokenizer(" " + example.word, add_special_tokens=False)["input_ids"]
     ids = start + context + word

@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel
 
-from linearard.capture import decoder_of, enable_capture, few_logits, transformers_model
+from linearard.capture import decoder_of, enable_capture, few_logits, transformers_model, without_masks
 from linearard.cpt import check_head, last_hidden_states, next_token_loss, next_tokens
 from linearard.errors import UserError
 from linearard.linear_cross_entropy import IGNORED
@@ -128,10 +128,12 @@ class LongREDTrainer(StageTrainer):
             loss = self._stretched_loss(model, ids, inputs["position_ids"])
         elif ids.shape[1] == self.args.short_length:
             kind, weight = "short", self.args.short_weight
-            loss = self._short_loss(model, ids)
+            with without_masks(*self.frozen_modules()):
+                loss = self._short_loss(model, ids)
         else:
             kind, weight = "long", 1.0
-            hidden, outputs = last_hidden_states(model, {"input_ids": ids})
+            with without_masks(self.model):
+                hidden, outputs = last_hidden_states(model, {"input_ids": ids})
             targets = next_tokens(inputs)
             plain = transformers_model(self.model)
             loss = next_token_loss(plain, hidden, targets) / (targets != IGNORED).sum()

@@ -222,6 +222,12 @@ def attention_factor(model: nn.Module) -> float:
     return max(factors, default=1.0)
 
 
+def frequencies_are_fixed(model: nn.Module) -> bool:
+    """Whether the RoPE of `model` is the same at every length; dynamic and longrope look at the positions first."""
+    kinds = [getattr(module, "rope_type", "default") for _, _, module in _rotary_sites(transformers_model(model))]
+    return not any("dynamic" in str(kind) or "longrope" in str(kind) for kind in kinds)
+
+
 def context_of(model: nn.Module) -> int:
     """The longest sequence in tokens that the RoPE of `model` is made for, scaling included."""
     return configured_context(transformers_model(model).config)

@@ -7,6 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from linearard.capture import transformers_model
+from linearard.capture import masks_can_be_left_out, transformers_model
 from linearard.errors import UserError
 from linearard.precision import frozen_weights_in, inputs_cast_once
+from linearard.rope import frequencies_are_fixed
+from linearard.step_graphs import StepGraphs
 from linearard.training_config import StageConfig
 
 
@@ -45,6 +48,7 @@ class StageTrainer(Trainer):
         self._forward_arguments = set(inspect.signature(transformers_model(model).forward).parameters)
         self._parts: dict[str, Tensor] = {}
         self._parts_since = 0
+        self._graphs: StepGraphs | None = None
         self._staging: Path | None = None
 
     # --- one optimizer step --------------------------------------------------------------------------------------
@@ -74,6 +78,52 @@ class StageTrainer(Trainer):
         """What of a batch the model's forward takes, without labels: the losses are computed outside of it."""
         return {name: value for name, value in inputs.items() if name in self._forward_arguments and name != "labels"}
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of a micro-batch as in Trainer; replayed from a CUDA graph where that is possible."""
+        # Batches with padding or packed sequences ask the GPU for their structure.
+        if self._graphs is None or set(inputs) - {"input_ids", "labels"}:
+            return super().training_step(model, inputs, num_items_in_batch)
+        tensors: dict[str, Any] = dict(self._prepare_inputs(inputs))
+        if num_items_in_batch is not None:
+            tensors["num_items_in_batch"] = torch.as_tensor(num_items_in_batch, device=self.args.device)
+        results = self._graphs.run(self.current_gradient_accumulation_steps, tensors, partial(self._step, model))
+        loss = results.pop("loss")
+        self.remember(results)
+        return loss
+
+    def _step(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The loss of a micro-batch, after its backward pass, and the parts that it would have remembered."""
+        batch = dict(tensors)
+        num_items = batch.pop("num_items_in_batch", None)
+        kept, self._parts = self._parts, {}
+        since = self._parts_since
+        try:
+            loss = super().training_step(model, batch, num_items)
+            return {"loss": loss, **self._parts}
+        finally:
+            self._parts, self._parts_since = kept, since
+
+    @contextlib.contextmanager
+    def graphed(self) -> Iterator[None]:
+        """Replay steps from CUDA graphs while the body runs, where `cuda_graphs` asks for it and nothing forbids it."""
+        wanted = self.args.cuda_graphs and self.args.device.type == "cuda" and self.args.world_size == 1
+        # Checkpointing saves the state of random numbers, which a capture does not allow.
+        wanted = wanted and not (self.args.gradient_checkpointing or self.args.torch_compile)
+        models = self.frozen_modules()
+        if wanted and all(masks_can_be_left_out(model) and frequencies_are_fixed(model) for model in models):
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            self._graphs = StepGraphs(trained, alone=self.args.gradient_accumulation_steps == 1)
+        try:
+            yield
+        finally:
+            self._graphs = None
+
+    def stop_graphs(self) -> None:
+        """Run the steps that are left without CUDA graphs: a profiler sees no operators in a replay."""
+        self._graphs = None
+
     # --- training ------------------------------------------------------------------------------------------------
 
     def frozen_modules(self) -> list[nn.Module]:
@@ -91,6 +141,7 @@ class StageTrainer(Trainer):
                 for module in self.frozen_modules():
                     stack.enter_context(frozen_weights_in(module, torch.bfloat16))
                 stack.enter_context(inputs_cast_once(self.attention_modules()))
+            stack.enter_context(self.graphed())
             result = super().train(*arguments, **keywords)
         self._check_weights()
         return result

@@ -34,7 +34,7 @@ class TokenizeConfig:
     train_files: list[str] = _option(
         ["bundled"], "Text: .jsonl (field text) or .txt, also .gz; bundled is the package's own."
     )
-    sequence_length: int = _option(1024, "Tokens of a sequence, BOS included.")
+    sequence_length: int = _option(1024, "Tokens of a sequence, with BOS where the tokenizer adds it.")
     sequences: int = _option(1024, "So many sequences, or a few more, evenly from all texts (fewer if they are short).")
     output: str = _option("tokens.bin", "The file to write.")
     trust_remote_code: bool = _option(False, "Run code that a model repository brings along. Only for code you trust.")

@@ -81,7 +81,6 @@ class ARDTrainer(StageTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The ARD loss of a batch; with `num_items_in_batch`, its share of the mean over that many tokens."""
-        tokens = self.item_count(inputs)
         inputs = self.model_inputs(inputs)
         padding_mask, boundaries = _sequence_structure(inputs)
         structure = {"key_padding_mask": padding_mask, "cu_seqlens": boundaries}
@@ -89,7 +88,7 @@ class ARDTrainer(StageTrainer):
         with contextlib.ExitStack() as stack:
             if padding_mask is None and "position_ids" not in inputs:
                 stack.enter_context(without_masks(*self.frozen_modules()))
-            loss, outputs, parts = self._loss(model, inputs, structure, num_items, tokens)
+            loss, outputs, parts = self._loss(model, inputs, structure, num_items)
         if num_items is not None:
             # Distributed data parallel averages the gradients of processes that each hold a share of the sum.
             loss = loss * self.accelerator.num_processes
@@ -103,7 +102,6 @@ class ARDTrainer(StageTrainer):
         inputs: dict[str, Any],
         structure: dict[str, Tensor | None],
         num_items: Tensor | None,
-        tokens: Tensor,
     ) -> tuple[Tensor, Any, dict[str, Tensor]]:
         """The loss, the student's outputs (None with local gradients) and the parts of the loss."""
         if self._local is not None:
@@ -121,7 +119,9 @@ class ARDTrainer(StageTrainer):
             distance = logits_divergence(
                 outputs.logits, teacher_logits, self._logits_kept, structure["key_padding_mask"]
             )
-            share = distance if num_items is None else distance * (tokens.to(distance.device) / num_items)
+            mask = structure["key_padding_mask"]
+            tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
+            share = distance if num_items is None else distance * (tokens / num_items)
             loss = loss + self.args.logits_weight * share
             parts["logits"] = share.detach()
         return loss, outputs, parts

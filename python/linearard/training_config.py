@@ -27,7 +27,7 @@ class StageConfig(TrainingArguments):
     train_files: list[str] = _option(
         ["bundled"], "Text for training: .jsonl (field text) or .txt, also .gz; bundled is the package's own."
     )
-    sequence_length: int = _option(1024, "Tokens of a training sequence, BOS included.")
+    sequence_length: int = _option(1024, "Tokens of a training sequence, with BOS where the tokenizer adds it.")
     trainable: list[str] = _option(
         ["q_proj", "k_proj", "v_proj"],
         "Names of the modules that are trained; all (with lora_rank 0) trains everything.",
@@ -35,6 +35,12 @@ class StageConfig(TrainingArguments):
     lora_rank: int = _option(64, "Rank of the LoRA adapters; 0 trains the modules' own weights.")
     lora_alpha: int = _option(128, "LoRA's alpha: the adapters are scaled by alpha / rank.")
     lora_dropout: float = _option(0.0, "Dropout on the input of the adapters.")
+
+    cuda_graphs: bool = _option(
+        True,
+        "On one GPU, replay steps without padding, packing and gradient checkpointing from CUDA graphs: the host's "
+        "launches then cost next to nothing.",
+    )
 
     # Other defaults than transformers'.
     output_dir: str | None = _option(
@@ -186,7 +192,7 @@ class CPTConfig(StageConfig):
     The defaults are those of docs/training.md for a small model after ARD: all weights, few steps.
     """
 
-    sequence_length: int = _option(16384, "Tokens of a training sequence, BOS included.")
+    sequence_length: int = _option(16384, "Tokens of a training sequence, with BOS where the tokenizer adds it.")
     trainable: list[str] = _option(["all"], "As above.")
     lora_rank: int = _option(0, "As above; 0 trains the weights themselves.")
     learning_rate: float = _option(1e-4, "Peak learning rate of AdamW.")
@@ -205,7 +211,7 @@ class LongREDConfig(StageConfig):
     long text, 2 short-to-long, 6 of short text. The defaults are the paper's for Llama-3-8B.
     """
 
-    sequence_length: int = _option(32768, "Tokens of a sequence of long text, BOS included.")
+    sequence_length: int = _option(32768, "Tokens of a sequence of long text.")
     short_to_long_length: int = _option(8192, "Tokens of a sequence whose positions are stretched to the long ones.")
     short_length: int = _option(1024, "Tokens of a sequence of short text.")
     positions: str = _option("cream", "How positions of short-to-long sequences are chosen: cream or uniform.")

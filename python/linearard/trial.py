@@ -20,6 +20,7 @@ from linearard.report import environment, write_json
 from linearard.restore import ProgressReport, peak_memory, release_memory
 from linearard.rope import RopeScaling, scale_rope
 from linearard.run_directory import check_output, prepare_output
+from linearard.stage_trainer import StageTrainer
 from linearard.stages import TITLES, WITH_TEACHER, Contexts, make_trainer, random_dataset, step_tokens
 from linearard.teacher import merged
 from linearard.training_config import DTYPES
@@ -35,10 +36,10 @@ RELATION_OPERATORS = frozenset(
 class StageCost:
     """What a stage costs.
 
-    step_seconds: median of the optimizer steps without the first (which allocates) and the last (which is profiled),
-    where there are three or more; tokens_per_second: from it; peak_memory_bytes: of the GPU, or of the process where
-    there is none; relation_kl_share: the share of the relation operators, forward and backward, in the time that the
-    operators of the profiled step took on the device (on the CPU without a GPU).
+    step_seconds: median of the optimizer steps without the first (which allocates) and the last (which is profiled,
+    without CUDA graphs), where there are three or more; tokens_per_second: from it; peak_memory_bytes: of the GPU, or
+    of the process where there is none; relation_kl_share: the share of the relation operators, forward and backward, in
+    the time that the operators of the profiled step took on the device (on the CPU without a GPU).
     """
 
     steps: int
@@ -53,16 +54,18 @@ class StageCost:
 class StepTimes(TrainerCallback):
     """Times optimizer steps and profiles the last one."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, trainer: StageTrainer) -> None:
         self.seconds: list[float] = []
         self.share = 0.0
-        self._steps = steps
+        self._trainer = trainer
+        self._steps = trainer.args.max_steps
         self._begin = 0.0
         self._profile: Any = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock, and the profiler at the last step."""
         if state.global_step == self._steps - 1 and self._profile is None:
+            self._trainer.stop_graphs()
             on_gpu = args.device.type == "cuda"
             self._profile = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
             self._profile.__enter__()
@@ -100,7 +103,8 @@ def measure(recipe: Recipe, display: Display) -> dict[str, StageCost]:
     display.say(f"Random weights: {run.model}")
     torch.manual_seed(run.seed)
     architecture = dict(run.architecture) if isinstance(run.architecture, dict) else None
-    model = random_model(run.model, architecture, dtype=DTYPES[run.model_dtype])
+    with run.device:  # billions of random numbers take a CPU minutes
+        model = random_model(run.model, architecture, dtype=DTYPES[run.model_dtype])
     config = model.config.get_text_config(decoder=True)
     contexts = Contexts.of(config, recipe)
     contexts.check(recipe)
@@ -115,7 +119,7 @@ def measure(recipe: Recipe, display: Display) -> dict[str, StageCost]:
         trainer = make_trainer(recipe, name, model, random_dataset(stage, config.vocab_size, contexts))
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        times = StepTimes(stage.max_steps)
+        times = StepTimes(trainer)
         trainer.add_callback(times)
         trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
         if run.device.type == "cuda":

@@ -18,7 +18,8 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 # The training method needs the extra "train"; the operators are tested without it, on a GPU machine for instance.
 TRAINING = (
     "capture", "cli", "config", "cpt", "data", "evaluation", "example", "harness", "linear_cross_entropy",
-    "local_gradients", "longred", "losses", "rope", "stage_trainer", "stages", "step_cost", "suite", "trainer", "trial",
+    "local_gradients", "longred", "losses", "rope", "stage_trainer", "stages", "step_cost", "step_graphs", "suite",
+    "trainer", "trial",
 )  # fmt: skip
 missing = [name for name in ("transformers", "peft") if importlib.util.find_spec(name) is None]
 collect_ignore = [f"test_{name}.py" for name in TRAINING] if missing else []

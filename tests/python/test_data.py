@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import make_tokenizer, sample_text, write_text
+from tokenizers import processors
 
 from linearard.data import (
     HELD_OUT_CORPUS,
@@ -36,6 +37,15 @@ def test_blocks_are_the_text_with_bos_in_front() -> None:
 def test_no_bos_where_the_tokenizer_has_none() -> None:
     tokenizer = make_tokenizer(bos=None)
     ids = tokenizer("a b c d e f", add_special_tokens=False)["input_ids"]
+    assert make_blocks(["a b c d e f"], tokenizer, len(ids)).tolist() == [ids]
+
+
+def test_no_bos_where_the_tokenizer_does_not_use_it() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    assert tokenizer.bos_token_id == 0
+    ids = tokenizer("a b c d e f")["input_ids"]
+    assert ids[0] != tokenizer.bos_token_id
     assert make_blocks(["a b c d e f"], tokenizer, len(ids)).tolist() == [ids]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from linearard.data import HELD_OUT_CORPUS, read_texts
@@ -40,7 +40,10 @@ def _trained_tokenizer() -> Tokenizer:
 
 def make_tokenizer(bos: str | None = "<s>") -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of `VOCABULARY` tokens."""
-    return PreTrainedTokenizerFast(tokenizer_object=_trained_tokenizer(), bos_token=bos, eos_token="</s>")
+    model = Tokenizer.from_str(_trained_tokenizer().to_str())
+    if bos is not None:
+        model.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=model, bos_token=bos, eos_token="</s>")
 
 
 def make_llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:

@@ -66,15 +66,27 @@ def read_json_lines(file: str | Path) -> list[dict[str, Any]]:
         return list(_rows(Path(file), stream))
 
 
+def sequence_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts before a text by itself: BOS, or nothing.
+
+    A tokenizer may know a BOS token and not use it (SmolLM2's begins a turn of a chat): training begins sequences as
+    users of the model do.
+    """
+    text: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    places = range(len(whole) - len(text) + 1)
+    return whole[: next((place for place in places if whole[place : place + len(text)] == text), 0)]
+
+
 def make_blocks(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, *, blocks_per_text: int | None = None
 ) -> Tensor:
     """Consecutive blocks [number, length] of token ids (int64), in the order of the texts.
 
-    Every block begins with the tokenizer's BOS token where it has one (as in the paper: each book cut into blocks, BOS
+    Every block begins as the tokenizer begins a sequence (as in the paper: each book cut into blocks, Llama's BOS
     in front); the incomplete block at the end of a text is dropped. blocks_per_text: at most so many of each text.
     """
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    start = sequence_start(tokenizer)
     payload = length - len(start)
     if payload < 1:
         raise UserError(f"sequences of {length} tokens leave no room for text")

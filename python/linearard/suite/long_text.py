@@ -28,7 +28,7 @@ def read_documents(files: Sequence[str]) -> list[str]:
 def document_windows(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, windows: int
 ) -> list[Tensor]:
-    """The first windows [`windows`, length] of token ids of each document that has so many, BOS in front of each."""
+    """The first windows [`windows`, length] of ids of each document that has so many, begun as the tokenizer does."""
     blocks = [make_blocks([text], tokenizer, length, blocks_per_text=windows) for text in texts]
     enough = [block for block in blocks if len(block) == windows]
     if not enough:

@@ -13,6 +13,7 @@ from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
+from linearard.data import sequence_start
 from linearard.errors import UserError
 from linearard.suite import haystack
 from linearard.suite.figures import tokens_text
@@ -70,7 +71,7 @@ def make_prompt(
     draft = task.draft(numbers, place or 0.0)
     answer = tokenizer(" " + ", ".join(draft.answers), add_special_tokens=False)["input_ids"]
     new_tokens = len(answer) + _SPARE_TOKENS
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    start = sequence_start(tokenizer)
     ids = start + _fit(draft, tokenizer, length - new_tokens - len(start), f"{name} at {tokens_text(length)}")
     return Prompt(ids, draft.answers, new_tokens)
 
@@ -126,10 +127,16 @@ def _passkey(numbers: random.Random, depth: float) -> Draft:
     def text(size: int) -> str:
         before = round(size * depth / 100)
         filler = [_FILLER] * size
-        context = " ".join([*filler[:before], needle, *filler[before:]])
-        return (
-            "There is important information hidden inside a lot of irrelevant text. Find it and memorize it. You will "
-            f"be asked about it.\n\n{context}\n\nWhat is the pass key? The pass key is"
+        # The prompt of the paper, word for word.
+        return "\n".join(
+            [
+                "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will "
+                "quiz you about the important information there.",
+                " ".join(filler[:before]),
+                needle,
+                " ".join(filler[before:]),
+                "What is the pass key? The pass key is",
+            ]
         )
 
     return Draft(text, (key,))
