@@ -1,8 +1,10 @@
 #pragma once
 
+#include <array>
+#include <atomic>
 #include <climits>
+#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 
 #include <cuda_runtime_api.h>
 
@@ -36,18 +38,20 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...),
 /// that could.
 inline bool kernels_can_overlap() {
 #ifdef LINEARARD_WITH_SM90A
-  static const bool is_enabled = [] {
-    const char* value = std::getenv("LINEARARD_OVERLAP");
-    return value == nullptr || value[0] != '0';
-  }();
-  if (!is_enabled) return false;
+  constexpr int kDevices = 64;
+  static std::array<std::atomic<int8_t>, kDevices> known{};  // 0: not asked yet; every launch comes here
   int device = 0;
-  int major = 0;
-  int minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
-         minor == 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  std::atomic<int8_t>& answer = known[static_cast<size_t>(device)];
+  if (answer == 0) {
+    int major = 0;
+    int minor = 0;
+    const bool is_hopper = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                           cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+                           major == 9 && minor == 0;
+    answer = is_hopper ? 1 : -1;
+  }
+  return answer == 1;
 #else
   return false;
 #endif

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 
 #include "instructions.cuh"
 
@@ -52,8 +51,7 @@ struct Schedule {
     // A part more costs the owners' vectors again: an eighth is let pass.
     const int64_t of_head = token_blocks * (2 * int64_t{longest} - int64_t{step} * (token_blocks - 1)) / 2;
     const int64_t share = std::max<int64_t>(of_head * heads / multiprocessors, 1);  // of a multiprocessor, in tiles
-    static const bool cuts = is_enabled("LINEARARD_CUT");
-    if (cuts && longest > share + share / 8) wanted = std::max(wanted, (longest + share - 1) / share);
+    if (longest > share + share / 8) wanted = std::max(wanted, (longest + share - 1) / share);
     const auto group = static_cast<int>(std::clamp<int64_t>(kCacheBytes / std::max<int64_t>(head_bytes, 1), 1, heads));
     Schedule schedule{heads, group, token_blocks, 0,
                       static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max(longest / kShortestPart, 1)))};
@@ -66,18 +64,12 @@ struct Schedule {
   /// @param longest in steps
   void order(double shortest, double longest, int multiprocessors) {
     constexpr double kLastWork = 1.6;
-    static const bool orders = is_enabled("LINEARARD_ORDER");
-    if (!orders || heads_of_group >= heads) return;
+    if (heads_of_group >= heads) return;
     // The work at the end grows with the square of their number, where the shortest walks are short: it is about that
     // of the longest walk on each multiprocessor.
     const double least = std::max(shortest, 0.0);
     const double walks = std::sqrt(least * least + kLastWork * multiprocessors * longest / std::max(heads, 1)) - least;
     last_blocks = static_cast<int>(std::min<double>(walks + std::max(-shortest, 0.0), token_blocks));
-  }
-
-  static bool is_enabled(const char* name) {
-    const char* value = std::getenv(name);
-    return value == nullptr || value[0] != '0';
   }
 };
 
