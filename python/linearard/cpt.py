@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from linearard.capture import decoder_of, enable_capture, few_logits, transformers_model, without_masks
+from linearard.capture import decoder_of, enable_capture, few_logits, transformers_model
 from linearard.errors import UserError
 from linearard.linear_cross_entropy import IGNORED, linear_cross_entropy
 from linearard.stage_trainer import StageTrainer
@@ -54,9 +54,7 @@ class CPTTrainer(StageTrainer):
         """The next-token loss; with `num_items_in_batch`, its share of the mean over that many predicted tokens."""
         targets = next_tokens(inputs)
         inputs = self.model_inputs(inputs)
-        with contextlib.ExitStack() as stack:
-            if not inputs.keys() & {"attention_mask", "position_ids"}:
-                stack.enter_context(without_masks(self.model))
+        with self.masks_of(inputs):
             hidden, outputs = last_hidden_states(model, inputs)
         loss = next_token_loss(transformers_model(self.model), hidden, targets)
         items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch

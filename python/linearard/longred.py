@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel
 
-from linearard.capture import decoder_of, enable_capture, few_logits, transformers_model, without_masks
+from linearard.capture import decoder_of, enable_capture, few_logits, transformers_model
 from linearard.cpt import check_head, last_hidden_states, next_token_loss, next_tokens
 from linearard.errors import UserError
 from linearard.linear_cross_entropy import IGNORED
@@ -128,11 +128,11 @@ class LongREDTrainer(StageTrainer):
             loss = self._stretched_loss(model, ids, inputs["position_ids"])
         elif ids.shape[1] == self.args.short_length:
             kind, weight = "short", self.args.short_weight
-            with without_masks(*self.frozen_modules()):
+            with self.masks_of(inputs):
                 loss = self._short_loss(model, ids)
         else:
             kind, weight = "long", 1.0
-            with without_masks(self.model):
+            with self.masks_of(inputs):
                 hidden, outputs = last_hidden_states(model, {"input_ids": ids})
             targets = next_tokens(inputs)
             plain = transformers_model(self.model)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from linearard.capture import masks_can_be_left_out, transformers_model
+from linearard.capture import masks_can_be_left_out, transformers_model, without_masks
 from linearard.errors import UserError
 from linearard.precision import frozen_weights_in, inputs_cast_once
 from linearard.rope import frequencies_are_fixed
@@ -77,6 +77,11 @@ class StageTrainer(Trainer):
     def model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What of a batch the model's forward takes, without labels: the losses are computed outside of it."""
         return {name: value for name, value in inputs.items() if name in self._forward_arguments and name != "labels"}
+
+    def masks_of(self, inputs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+        """Runs models on `inputs` without looking for padding or packed sequences, where they name neither."""
+        named = inputs.keys() & {"attention_mask", "position_ids"}
+        return contextlib.nullcontext() if named else without_masks(*self.frozen_modules())
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -1,6 +1,5 @@
 """Training a model with scaled RoPE to keep the attention relations of the same model with its native RoPE."""
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,6 @@ from linearard.capture import (
     enable_capture,
     few_logits,
     transformers_model,
-    without_masks,
 )
 from linearard.errors import UserError
 from linearard.local_gradients import LocalGradients
@@ -85,9 +83,7 @@ class ARDTrainer(StageTrainer):
         padding_mask, boundaries = _sequence_structure(inputs)
         structure = {"key_padding_mask": padding_mask, "cu_seqlens": boundaries}
         num_items = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        with contextlib.ExitStack() as stack:
-            if padding_mask is None and "position_ids" not in inputs:
-                stack.enter_context(without_masks(*self.frozen_modules()))
+        with self.masks_of(inputs):
             loss, outputs, parts = self._loss(model, inputs, structure, num_items)
         if num_items is not None:
             # Distributed data parallel averages the gradients of processes that each hold a share of the sum.
