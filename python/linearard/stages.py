@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearard.cpt import CPTTrainer
-from linearard.data import Blocks, training_blocks
+from linearard.data import Blocks, repeat_passages, sequence_start, training_blocks
 from linearard.errors import UserError
 from linearard.longred import SCHEDULE, LongREDBlocks, LongREDTrainer
 from linearard.recipe import Recipe
@@ -78,22 +78,17 @@ def stage_dataset(config: StageConfig, tokenizer: PreTrainedTokenizerBase, conte
     if isinstance(config, LongREDConfig):
         steps = config.max_steps * batch_size(config) // len(SCHEDULE)
         blocks = {
-            kind: _shuffled(
-                training_blocks(config.train_files, tokenizer, length, steps * SCHEDULE.count(kind)).input_ids,
-                config.seed,
-            )
+            kind: _shuffled(_sequences(config, tokenizer, length, steps * SCHEDULE.count(kind)), config.seed)
             for kind, length in _lengths(config).items()
         }
         return _longred_blocks(config, blocks, contexts)
-    sequences = training_blocks(
-        config.train_files, tokenizer, config.sequence_length, config.max_steps * batch_size(config)
-    )
+    sequences = _sequences(config, tokenizer, config.sequence_length, config.max_steps * batch_size(config))
     if len(sequences) < batch_size(config):
         raise UserError(
             f"the training data are too short: {len(sequences)} sequences of {config.sequence_length} tokens, a step "
             f"needs {batch_size(config)}"
         )
-    return sequences
+    return Blocks(sequences)
 
 
 def random_dataset(config: StageConfig, vocabulary: int, contexts: Contexts) -> Dataset:
@@ -107,6 +102,13 @@ def random_dataset(config: StageConfig, vocabulary: int, contexts: Contexts) -> 
         blocks = {kind: rows(SCHEDULE.count(kind), length) for kind, length in _lengths(config).items()}
         return _longred_blocks(config, blocks, contexts)
     return Blocks(rows(config.max_steps * batch_size(config), config.sequence_length))
+
+
+def _sequences(config: StageConfig, tokenizer: PreTrainedTokenizerBase, length: int, needed: int) -> Tensor:
+    blocks = training_blocks(config.train_files, tokenizer, length, needed).input_ids
+    if config.repeated_share == 0:
+        return blocks
+    return repeat_passages(blocks, config.repeated_share, config.seed, len(sequence_start(tokenizer)))
 
 
 def _lengths(config: LongREDConfig) -> dict[str, int]:

@@ -28,6 +28,9 @@ class StageConfig(TrainingArguments):
         ["bundled"], "Text for training: .jsonl (field text) or .txt, also .gz; bundled is the package's own."
     )
     sequence_length: int = _option(1024, "Tokens of a training sequence, with BOS where the tokenizer adds it.")
+    repeated_share: float = _option(
+        0.0, "Share of each training sequence that earlier passages of it take the place of: teaches retrieval."
+    )
     trainable: list[str] = _option(
         ["q_proj", "k_proj", "v_proj"],
         "Names of the modules that are trained; all (with lora_rank 0) trains everything.",
@@ -71,6 +74,8 @@ class StageConfig(TrainingArguments):
         for name in ("sequence_length", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.repeated_share <= 0.9:
+            raise UserError(f"repeated_share must lie between 0 and 0.9, got {self.repeated_share}")
         if self.lora_rank < 0:
             raise UserError(f"lora_rank must not be negative, got {self.lora_rank}")
         if self.lora_rank > 0 and self.trainable == ["all"]:

@@ -38,8 +38,8 @@ class StageCost:
 
     step_seconds: median of the optimizer steps without the first (which allocates) and the last (which is profiled,
     without CUDA graphs), where there are three or more; tokens_per_second: from it; peak_memory_bytes: of the GPU, or
-    of the process where there is none; relation_kl_share: the share of the relation operators, forward and backward, in
-    the time that the operators of the profiled step took on the device (on the CPU without a GPU).
+    of the process where there is none; relation_kl_share: of the relation operators, forward and backward, in the time
+    that all kernels of the profiled step took on the GPU (that all operators took on the CPU without a GPU).
     """
 
     steps: int
@@ -78,7 +78,7 @@ class StepTimes(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._begin)
         if self._profile is not None:
             self._profile.__exit__(None, None, None)
-            self.share = relation_share(self._profile.key_averages(), args.device.type == "cuda")
+            self.share = relation_share(self._profile.events(), args.device.type == "cuda")
 
     @property
     def median(self) -> float:
@@ -87,13 +87,28 @@ class StepTimes(TrainerCallback):
 
 
 def relation_share(events: Any, on_gpu: bool) -> float:
-    """The share of the relation operators in the time of all operators of a profile."""
-    own, total = (
-        ("self_device_time_total", "device_time_total") if on_gpu else ("self_cpu_time_total", "cpu_time_total")
-    )
-    everything = sum(getattr(event, own) for event in events)
-    relations = sum(getattr(event, total) for event in events if event.key in RELATION_OPERATORS)
+    """The share of the relation operators in the events of a profile, each moment counted once.
+
+    On a GPU its own events count, not the operators that launched them: those hold the same time again.
+    """
+    if on_gpu:
+        own = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
+        everything = sum(event.self_device_time_total for event in own)
+        relations = sum(event.self_device_time_total for event in own if "linearard::" in event.key)
+    else:
+        everything = sum(event.self_cpu_time_total for event in events)
+        relations = sum(event.cpu_time_total for event in events if _is_outermost_relation(event))
     return relations / everything if everything else 0.0
+
+
+def _is_outermost_relation(event: Any) -> bool:
+    """Whether the event is a relation operator that no other one has called, as autograd's does."""
+    if event.key not in RELATION_OPERATORS:
+        return False
+    caller = event.cpu_parent
+    while caller is not None and caller.key not in RELATION_OPERATORS:
+        caller = caller.cpu_parent
+    return caller is None
 
 
 def measure(recipe: Recipe, display: Display) -> dict[str, StageCost]:

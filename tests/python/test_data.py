@@ -19,6 +19,7 @@ from linearard.data import (
     last_word_examples,
     make_blocks,
     read_texts,
+    repeat_passages,
     training_blocks,
 )
 from linearard.errors import UserError
@@ -54,6 +55,37 @@ def test_blocks_do_not_run_over_the_end_of_a_text() -> None:
     texts = [sample_text()[:500], sample_text()[500:900]]
     separate = [make_blocks([text], tokenizer, 20) for text in texts]
     torch.testing.assert_close(make_blocks(texts, tokenizer, 20), torch.cat(separate))
+
+
+def test_repeated_passages_are_earlier_ones_of_the_same_sequence() -> None:
+    rows = torch.arange(3 * 2048).reshape(3, 2048)
+    repeated = repeat_passages(rows, 0.25, seed=1)
+    for row, before in zip(repeated, rows, strict=True):
+        changed = row != before
+        # Passages that meet or overlap leave fewer.
+        assert 0.15 < changed.float().mean() <= 0.25
+        distances = before[changed] - row[changed]
+        assert distances.min() >= 8, "no passage overlaps its source"
+        assert row.min() == before.min()
+        assert distances.max() > 512, "distances reach through the sequence"
+        starts = torch.nonzero(changed[1:] & (row[1:] != row[:-1] + 1)).flatten()
+        assert 2 < len(starts) < 64, "passages, not single tokens"
+
+
+def test_repeated_passages_depend_on_seed_and_row_alone() -> None:
+    rows = torch.arange(4 * 300).reshape(4, 300)
+    repeated = repeat_passages(rows, 0.5, seed=3)
+    assert torch.equal(repeated[:2], repeat_passages(rows[:2], 0.5, seed=3))
+    assert not torch.equal(repeated, repeat_passages(rows, 0.5, seed=4))
+    assert torch.equal(rows, torch.arange(4 * 300).reshape(4, 300)), "the sequences themselves stay"
+
+
+def test_repeated_passages_leave_the_start_and_short_sequences() -> None:
+    rows = torch.arange(2 * 64).reshape(2, 64)
+    repeated = repeat_passages(rows, 0.9, seed=1, keep=1)
+    assert torch.equal(repeated[:, 0], rows[:, 0])
+    assert not (repeated[:, 1:] == rows[:, :1]).any()
+    assert torch.equal(repeat_passages(rows[:, :24], 0.9, seed=1), rows[:, :24]), "no room for a passage"
 
 
 def test_training_blocks_come_evenly_from_all_texts(tmp_path: Path) -> None:

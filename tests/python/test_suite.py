@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import make_llama, make_tokenizer, random_ids, save_model
+from tokenizers import pre_tokenizers
 from transformers import LlamaConfig
 
 from linearard.cli import main
@@ -97,6 +98,19 @@ def test_prompts_fit_and_are_deterministic(name: str, length: int) -> None:
     assert all(answer in text for answer in prompt.answers)
     assert score(prompt.answers, ", ".join(prompt.answers), name) == 1
     assert score(prompt.answers, "nothing", name) == 0
+
+
+def test_the_space_before_a_number_belongs_to_the_prompt() -> None:
+    tokenizer = make_tokenizer()
+
+    def end(name: str) -> str:
+        return str(tokenizer.decode(make_prompt(name, tokenizer, 2048, 50, seed=3, index=0).ids))[-8:]
+
+    digits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(digits)
+    assert end("passkey") == " key is "
+    tokenizer.add_tokens([" " + make_prompt("passkey", tokenizer, 2048, 50, seed=3, index=0).answers[0]])
+    assert end("passkey").endswith(" key is")
 
 
 @pytest.mark.parametrize("name", [name for name, task in SYNTHETIC_TASKS.items() if task.has_depth])

@@ -65,12 +65,30 @@ def test_an_architecture_of_the_model_itself(tmp_path: Path) -> None:
     assert cost["step_seconds"] > 0
 
 
-def test_a_share_counts_what_is_inside_the_relation_operators() -> None:
-    def event(key: str, own: float, total: float) -> SimpleNamespace:
-        return SimpleNamespace(key=key, self_cpu_time_total=own, cpu_time_total=total)
+def test_a_share_counts_each_moment_once() -> None:
+    def event(key: str, own: float, total: float, caller: SimpleNamespace | None = None) -> SimpleNamespace:
+        return SimpleNamespace(key=key, self_cpu_time_total=own, cpu_time_total=total, cpu_parent=caller)
 
-    events = [event("linearard::relation_kl_forward", 1, 3), event("aten::mul", 2, 2), event("aten::mm", 7, 7)]
-    assert relation_share(events, on_gpu=False) == pytest.approx(0.3)
+    outer = event("linearard::relation_kl_forward", 1, 4)
+    inner = event("linearard::relation_kl_forward", 1, 3, outer)
+    events = [outer, inner, event("aten::mul", 2, 2, inner), event("aten::mm", 6, 6)]
+    assert relation_share(events, on_gpu=False) == pytest.approx(0.4)
+
+
+def test_a_share_on_a_gpu_is_that_of_its_kernels() -> None:
+    def event(key: str, device: str, time: float, annotation: bool = False) -> SimpleNamespace:
+        kind = SimpleNamespace(name=device)
+        return SimpleNamespace(
+            key=key, device_type=kind, self_device_time_total=time, is_user_annotation=annotation, cpu_parent=None
+        )
+
+    events = [
+        event("linearard::relation_kl_forward", "CPU", 2),
+        event("void linearard::cuda::sm90::forward_kernel<128>()", "CUDA", 2),
+        event("nvjet_gemm", "CUDA", 6),
+        event("Optimizer.step#AdamW.step", "CUDA", 5, annotation=True),
+    ]
+    assert relation_share(events, on_gpu=True) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("name", recipes())

@@ -3,6 +3,8 @@
 import gzip
 import itertools
 import json
+import math
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ TRAINING_CORPUS = Path(__file__).parent / "corpus-train.jsonl.gz"
 HELD_OUT_CORPUS = Path(__file__).parent / "corpus-heldout.jsonl.gz"
 LAST_WORDS = Path(__file__).parent / "last-words.jsonl.gz"
 _TEXTS_AT_ONCE = 32  # tokenised in parallel
+_REPEATED_TOKENS = (8, 256)  # of a repeated passage
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,32 @@ def training_blocks(
     if len(blocks) == 0:
         raise UserError(f"the training data are too short: not one block of {length} tokens")
     return Blocks(blocks)
+
+
+def repeat_passages(input_ids: Tensor, share: float, seed: int, keep: int = 0) -> Tensor:
+    """Copies of the sequences [number, length] in which earlier passages come again in the place of later tokens.
+
+    Passages of 8 to 256 tokens, their lengths log-uniform, take the place of `share` of each sequence's tokens; each
+    comes from any distance up to the beginning of the sequence. A model that reads them has to find a passage again and
+    copy it, which plain text asks for rarely. Row i depends on `seed` and i alone. keep: that many first tokens (BOS)
+    are neither repeated nor replaced.
+    """
+    repeated = input_ids.clone()
+    shortest, longest = _REPEATED_TOKENS
+    length = input_ids.shape[1] - keep
+    longest = min(longest, length // 4)
+    if longest < shortest:
+        return repeated
+    for index, row in enumerate(repeated[:, keep:]):
+        numbers = random.Random(f"repeat {seed} {index}")
+        left = round(share * length)
+        while left >= shortest:
+            size = min(round(math.exp(numbers.uniform(math.log(shortest), math.log(longest)))), left)
+            place = numbers.randint(size, length - size)
+            source = numbers.randint(0, place - size)
+            row[place : place + size] = row[source : source + size].clone()
+            left -= size
+    return repeated
 
 
 def evaluation_windows(

@@ -6,6 +6,7 @@ assignments to variables, and a list of words of which some are frequent. A prom
 depth, seed and tokenizer.
 """
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,9 +71,13 @@ def make_prompt(
     numbers = random.Random(f"{name} {length} {place} {seed} {index}")
     draft = task.draft(numbers, place or 0.0)
     answer = tokenizer(" " + ", ".join(draft.answers), add_special_tokens=False)["input_ids"]
-    new_tokens = len(answer) + _SPARE_TOKENS
+    # Where a tokenizer makes the space before a number a token of its own, the prompt ends with it: the task is to find
+    # the number, not to guess that one comes next.
+    space = list(itertools.takewhile(lambda token: not tokenizer.decode([token]).strip(), answer))
+    new_tokens = len(answer) - len(space) + _SPARE_TOKENS
     start = sequence_start(tokenizer)
-    ids = start + _fit(draft, tokenizer, length - new_tokens - len(start), f"{name} at {tokens_text(length)}")
+    room = length - new_tokens - len(start) - len(space)
+    ids = start + _fit(draft, tokenizer, room, f"{name} at {tokens_text(length)}") + space
     return Prompt(ids, draft.answers, new_tokens)
 
 
