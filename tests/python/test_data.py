@@ -62,12 +62,12 @@ def test_repeated_passages_are_earlier_ones_of_the_same_sequence() -> None:
     repeated = repeat_passages(rows, 0.25, seed=1)
     for row, before in zip(repeated, rows, strict=True):
         changed = row != before
-        # Passages that meet or overlap leave fewer.
-        assert 0.15 < changed.float().mean() <= 0.25
+        # Passages overlap, most of all at the end, where the far ones have to be.
+        assert 0.1 < changed.float().mean() <= 0.25
         distances = before[changed] - row[changed]
         assert distances.min() >= 8, "no passage overlaps its source"
         assert row.min() == before.min()
-        assert distances.max() > 512, "distances reach through the sequence"
+        assert distances.max() > 1536, "distances reach through the sequence"
         starts = torch.nonzero(changed[1:] & (row[1:] != row[:-1] + 1)).flatten()
         assert 2 < len(starts) < 64, "passages, not single tokens"
 
