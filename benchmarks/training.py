@@ -61,8 +61,8 @@ ARD = {
     "sequence_length": 4096,
     "per_device_train_batch_size": 1,
 }
-CPT = {"sequence_length": 32768, "learning_rate": 2e-4}
-LONGRED = {"learning_rate": 2e-4, "max_steps": 14}
+CPT = {"sequence_length": 32768, "learning_rate": 2e-4, "cuda_graphs": False}
+LONGRED = {"learning_rate": 2e-4, "max_steps": 14, "cuda_graphs": False}
 TASKS = ("arc_easy", "boolq", "openbook_qa", "lambada_openai")
 SHORT, PERPLEXITY, LONG, PASSKEY = "short", "perplexity", "long", "passkey"
 WINDOWS, WINDOW, LONG_WINDOW = 64, 2048, 32768
