@@ -59,6 +59,8 @@ def table(runs: Runs, teacher: dict[str, Any], scaled: dict[str, Any]) -> str:
             return [run[field] for run in group if field in run]
 
         def closed(field: str) -> str:
+            if field not in scaled or field not in teacher:
+                return ""
             distance = scaled[field] - teacher[field]
             found = [100 * (scaled[field] - value) / distance for value in values(field)]
             return f"{shown(found, '.1f')} %" if found else ""

@@ -1,0 +1,67 @@
+"""benchmarks/training.py and benchmarks/training_report.py: a run of two seeds on a tiny model, and its table."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import yaml
+from tiny_models import save_model, write_text
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ROWS = {
+    "lambada_openai": [{"context": "the old man went down to the", "continuation": "river"}] * 3,
+    "arc_easy": [{"query": "a question", "choices": ["one", "two", "three"], "gold": 1}] * 2,
+    "boolq": [{"query": "is it so", "choices": ["yes", "no"], "gold": gold} for gold in (0, 1)],
+    "openbook_qa": [{"query": "rivers", "choices": ["run", "are made of stone"], "gold": 0}] * 2,
+}
+
+
+def run(script: str, *arguments: str) -> None:
+    """The script in this process: importing torch again would take most of the test's time."""
+    with patch.object(sys, "argv", [script, *arguments]):
+        runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+
+
+def test_runs_of_two_seeds_and_their_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path / "model", initializer_range=0.1)
+    write_text(tmp_path, 40_000)
+    for name, rows in ROWS.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    ard = {"max_steps": 2, "sequence_length": 32, "lora_rank": 4, "repeated_share": 0.25}
+    settings = [
+        {"name": "teacher", "teacher": True},
+        {"name": "PI x4 untrained"},
+        {"name": "both", "seeds": [1, 2], "ard": ard, "cpt": {"max_steps": 2, "sequence_length": 96}, "mix": [0.5]},
+        {"name": "fails", "cpt": {"max_steps": 1, "sequence_length": 100_000}},
+        {"name": "has no time", "needs": 1e9},
+    ]
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump([{**run, "scores": ["short"]} for run in settings]))
+    (tmp_path / "claims").mkdir()  # as a worker: the command would start processes
+    output = tmp_path / "out.jsonl"
+    text = str(tmp_path / "text.jsonl")
+    run("training.py", str(tmp_path / "settings.yaml"), "--output", str(output), "--model", str(tmp_path / "model"),
+        "--train_files", text, "--heldout_files", text, "--tasks", str(tmp_path), "--commit", "abc",
+        "--seconds", "1e6", "--claims", str(tmp_path / "claims"))  # fmt: skip
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    stages = [(line["name"], line["seed"], line["stage"]) for line in lines]
+    seeds = [("both", seed, stage) for seed in (1, 2) for stage in ("ard", "cpt", "mix 0.5")]
+    assert stages == [("teacher", 1, "teacher"), ("PI x4 untrained", 1, "untrained"), *seeds]
+    assert all(line["commit"] == "abc" and 0 <= line["dev4"] <= 1 and line["lam"] > 0 for line in lines)
+    trained = lines[3]
+    assert trained["tokens"] == 2 * 32 + 2 * 96
+    assert trained["dev4"] == pytest.approx(
+        (trained["lambada"] + trained["arc_easy"] + trained["boolq"] + trained["openbook_qa"]) / 4
+    )
+    assert trained["boolq"] == 0.5
+    capsys.readouterr()
+    run("training_report.py", str(output), "--picture", str(tmp_path / "picture.png"))
+    rows = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines()}
+    assert "| 100.0 % |" in rows["teacher"]
+    assert "| 0.0 % |" in rows["PI x4 untrained"]
+    assert "±" in rows["both: cpt"]
+    assert (tmp_path / "picture.png").stat().st_size > 1000
