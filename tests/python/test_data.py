@@ -63,15 +63,15 @@ def test_repeated_passages_are_earlier_ones_of_the_same_sequence() -> None:
     far = 0
     for row, before in zip(repeated, rows, strict=True):
         changed = row != before
-        # Passages overlap, most of all at the end, where the far ones have to be.
-        assert 0.1 < changed.float().mean() <= 0.25
+        # Passages that overlap leave fewer.
+        assert 0.15 < changed.float().mean() <= 0.25
         distances = before[changed] - row[changed]
         assert distances.min() >= 8, "no passage overlaps its source"
         assert row.min() == before.min()
         far = max(far, int(distances.max()))
         starts = torch.nonzero(changed[1:] & (row[1:] != row[:-1] + 1)).flatten()
         assert 2 < len(starts) < 64, "passages, not single tokens"
-    assert far > 0.75 * 2048, "distances reach through the sequence"
+    assert far > 2048 / 2, "distances reach through the sequence"
 
 
 def test_repeated_passages_depend_on_seed_and_row_alone() -> None:
