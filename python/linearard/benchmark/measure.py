@@ -43,12 +43,12 @@ def counted_flop(shape: Shape) -> float:
     return 10.0 * tokens**2 * head_dim * heads * batch
 
 
-def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, noise: float = NOISE) -> tuple[Tensor, Tensor]:
     """Student, which requires grad, and teacher: unit Gaussian, the same for the same shape."""
     generator = torch.Generator(device).manual_seed(1)
     teacher = torch.randn(shape, generator=generator, device=device)
-    noise = torch.randn(shape, generator=generator, device=device)
-    return (teacher + NOISE * noise).to(dtype).requires_grad_(), teacher.to(dtype)
+    other = torch.randn(shape, generator=generator, device=device)
+    return (teacher + noise * other).to(dtype).requires_grad_(), teacher.to(dtype)
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
@@ -136,9 +136,8 @@ def exact(student: Tensor, teacher: Tensor, rows: int = 256) -> Exact:
     return Exact(total / count, gradient)
 
 
-def errors(loss: Loss, shape: Shape, dtype: torch.dtype, device: torch.device, reference: Exact) -> tuple[float, float]:
+def errors(loss: Loss, student: Tensor, teacher: Tensor, reference: Exact) -> tuple[float, float]:
     """Relative errors of the gradient (Frobenius norm) and of the loss against the exact ones of the same inputs."""
-    student, teacher = inputs(shape, dtype, device)
     value = step(loss, student, teacher)
     assert student.grad is not None
     difference = torch.linalg.vector_norm(student.grad.double() - reference.gradient)
@@ -195,7 +194,7 @@ def compare(
     reasons: dict[str, list[str]] = {name: [] for name in peers}
     for name, peer in peers.items():
         with reason_to_skip(reasons[name]):
-            errors_of[name] = errors(peer.make(), error_shape, dtype, device, reference)
+            errors_of[name] = errors(peer.make(), *inputs(error_shape, dtype, device), reference)
     for tokens in lengths:
         for name, peer in peers.items():
             result = Result(name, (batch, heads, tokens, head_dim), skipped="".join(reasons[name]))

@@ -80,9 +80,9 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def file_stem(device_name: str) -> str:
+def file_stem(device_name: str, kind: str = "peers") -> str:
     """NVIDIA H200 -> peers-nvidia-h200."""
-    return "peers-" + re.sub(r"[^a-z0-9]+", "-", device_name.lower().replace("(r)", "")).strip("-")
+    return f"{kind}-" + re.sub(r"[^a-z0-9]+", "-", device_name.lower().replace("(r)", "")).strip("-")
 
 
 def _shape_name(result: Result) -> str:
