@@ -5,13 +5,13 @@
 
 SETTINGS.yaml is a list of runs: name, scaling (default linear:4), seeds (default [1]), needs (seconds that the run is
 expected to take), scores (default: short, perplexity, long, passkey), lengths of the passkey in units of 1,024 tokens,
-and the stages: ard, longred and cpt, each with settings of the package's ARDConfig, LongREDConfig and CPTConfig. `save`
-keeps the model after ARD for runs that `load` it by that name; `mix` also scores weights between those before and after
-CPT. `--workers` processes on each GPU take the runs in their order; none begins that would not end within --seconds.
-Every score is one line of --output, written at once.
+and the stages: ard, longred and cpt, each with settings of the package's ARDConfig, LongREDConfig and CPTConfig. `mix`
+also scores weights between those before and after CPT. `--workers` processes on each GPU take the runs in their order;
+none begins that would not end within --seconds. Every score is one line of --output, written at once.
 
-Scores: last words and choices by log-likelihood in bfloat16, as in linearard.suite but without lm-evaluation-harness;
-passkeys by whether each digit is the model's own choice after those before it.
+Scores are quicker to get than those of `linearard evaluate`: last words and choices by log-likelihood in bfloat16
+without lm-evaluation-harness; passkeys in one pass without generation, by whether each digit is the model's own choice
+after those before it (what it would write behind them does not count).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,18 +36,18 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from linearard.capture import decoder_of, disable_capture
 from linearard.cpt import CPTTrainer
-from linearard.data import make_blocks, read_json_lines, read_texts, sequence_start
+from linearard.data import evaluation_windows, read_json_lines, sequence_start
 from linearard.longred import LongREDTrainer
 from linearard.models import load_model, load_tokenizer
 from linearard.rope import RopeScaling, context_of, restore_float32_rope, scale_rope
 from linearard.stage_trainer import StageTrainer
 from linearard.stages import Contexts, stage_dataset, step_tokens
+from linearard.suite.long_text import document_windows, perplexity_figures, position_losses, read_documents
 from linearard.suite.synthetic import make_prompt
 from linearard.teacher import merged
 from linearard.trainer import ARDTrainer
@@ -65,7 +65,8 @@ CPT = {"sequence_length": 32768, "learning_rate": 2e-4, "cuda_graphs": False}
 LONGRED = {"learning_rate": 2e-4, "max_steps": 14, "cuda_graphs": False}
 TASKS = ("arc_easy", "boolq", "openbook_qa", "lambada_openai")
 SHORT, PERPLEXITY, LONG, PASSKEY = "short", "perplexity", "long", "passkey"
-WINDOWS, WINDOW, LONG_WINDOW = 64, 2048, 32768
+WINDOWS, WINDOW = 64, 2048
+LONG_WINDOWS, LONG_WINDOW = 2, 32768  # of each document
 DEPTHS, PROMPTS = (0.0, 25.0, 50.0, 75.0, 100.0), 4
 TOKENS_AT_ONCE = 32768
 
@@ -95,12 +96,14 @@ class Scorer:
             if SHORT in names:
                 found |= self.short(copied)
             if PERPLEXITY in names:
-                losses = [float(token_losses(copied, window).mean()) for window in self.windows(WINDOW, None)]
+                windows = evaluation_windows(self.options.heldout_files, self.tokenizer, WINDOW, WINDOWS)
+                losses = [float(position_losses(copied, ids.to(copied.device)).mean()) for ids in windows.split(1)]
                 found["ppl"] = sum(losses) / len(losses)
             if LONG in names:
-                losses = [token_losses(copied, window) for window in self.windows(LONG_WINDOW, 2)]
-                for name, part in (("p32a", slice(0, WINDOW)), ("p32b", slice(-WINDOW, None))):
-                    found[name] = math.exp(sum(float(loss[part].mean()) for loss in losses) / len(losses))
+                texts = read_documents(self.options.heldout_files)
+                documents = document_windows(texts, self.tokenizer, LONG_WINDOW, LONG_WINDOWS)
+                figures = perplexity_figures(copied, documents, WINDOW)
+                found |= {"p32a": math.exp(figures[1].estimate.value), "p32b": math.exp(figures[-1].estimate.value)}
             if PASSKEY in names:
                 found |= {f"k{length}": self.passkey(copied, length) for length in lengths}
         return found
@@ -135,12 +138,6 @@ class Scorer:
                 ]
                 right += int((_logits(model, hidden).argmax(-1) == ids[0, len(prompt.ids) :]).all())
         return right / (len(DEPTHS) * PROMPTS)
-
-    def windows(self, length: int, of_each: int | None) -> Iterator[Tensor]:
-        """Held-out windows [1, length]: WINDOWS at equal distances, or so many of each document."""
-        blocks = make_blocks(read_texts(self.options.heldout_files), self.tokenizer, length, blocks_per_text=of_each)
-        count = len(blocks) if of_each else min(WINDOWS, len(blocks))
-        yield from blocks[[index * len(blocks) // count for index in range(count)]].to(self.options.device).split(1)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids without special tokens."""
@@ -192,13 +189,6 @@ def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits
 
 
-def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Negative log-likelihood of tokens 1 to N - 1 of `ids` [1, N], nats."""
-    hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
-    parts = zip(hidden.split(4096), ids[0, 1:].split(4096), strict=True)
-    return torch.cat([cross_entropy(_logits(model, some), target, reduction="none") for some, target in parts])
-
-
 def continuation_scores(model: PreTrainedModel, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     """Log-likelihood of each continuation, and whether every token of it is the model's own choice."""
     order = sorted(range(len(rows)), key=lambda place: len(rows[place].ids))
@@ -246,8 +236,6 @@ class Run:
             settings = ARDConfig(scaling=self.scaling, **self.common("ard", ARD))
             trainer = ARDTrainer(model, settings, train_dataset=self.dataset(settings))
             model = self.train(trainer, "ard", emit, self.settings.get("score_ard", True))
-            if "save" in self.settings:
-                self.save(model)
         elif "longred" in self.settings:
             red = LongREDConfig(**self.common("longred", LONGRED))
             model = self.train(
@@ -255,18 +243,17 @@ class Run:
             )
         else:
             scale_rope(model, RopeScaling.parse(self.scaling))
-            if "load" in self.settings:
-                self.load(model)
         if "cpt" not in self.settings:
             if not {"ard", "longred"} & self.settings.keys():
                 emit("untrained", self.score(model))
             return
-        before = {name: value.cpu().clone() for name, value in model.state_dict().items()}
+        shares = self.settings.get("mix", [])
+        before = {name: value.cpu().clone() for name, value in model.state_dict().items()} if shares else {}
         disable_capture(model)
         cpt = CPTConfig(**self.common("cpt", CPT))
         model = self.train(CPTTrainer(model, cpt, train_dataset=self.dataset(cpt)), "cpt", emit)
-        after = {name: value.clone() for name, value in model.state_dict().items()}
-        for share in self.settings.get("mix", []):
+        after = {name: value.clone() for name, value in model.state_dict().items()} if shares else {}
+        for share in shares:
             model.load_state_dict(
                 {name: torch.lerp(before[name].to(value.device), value, share) for name, value in after.items()}
             )
@@ -322,22 +309,6 @@ class Run:
         names = self.settings.get("scores", [SHORT, PERPLEXITY, LONG, PASSKEY])
         return self.scorer(model, names, self.settings.get("lengths", [1, 4, 8, 16, 32]))
 
-    def save(self, model: PreTrainedModel) -> None:
-        """Keep the weights for other runs; the file appears when it is complete."""
-        path = self.options.claims / f"{self.settings['save']}.pt"
-        state = {name: value.cpu() for name, value in model.state_dict().items()}
-        torch.save({"tokens": self.tokens, "state": state}, path.with_suffix(".part"))
-        path.with_suffix(".part").rename(path)
-
-    def load(self, model: PreTrainedModel) -> None:
-        """Wait for the weights of another run, and take them."""
-        path = self.options.claims / f"{self.settings['load']}.pt"
-        while not path.exists():
-            time.sleep(1)
-        saved = torch.load(path, weights_only=True)
-        self.tokens = saved["tokens"]
-        model.load_state_dict(saved["state"])
-
 
 def work(options: argparse.Namespace) -> None:
     """Take runs until none is left or there is no time."""
@@ -356,7 +327,7 @@ def work(options: argparse.Namespace) -> None:
                 stage: str, numbers: dict[str, Any], settings: dict[str, Any] = settings, seed: int = seed
             ) -> None:
                 about = {"name": settings["name"], "seed": seed, "stage": stage, "commit": options.commit}
-                asked = {key: settings[key] for key in ("scaling", "ard", "longred", "cpt", "load") if key in settings}
+                asked = {key: settings[key] for key in ("scaling", "ard", "longred", "cpt") if key in settings}
                 line = json.dumps({**about, **numbers, "settings": asked})
                 with options.output.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")

@@ -66,7 +66,7 @@ def table(runs: Runs, teacher: dict[str, Any], scaled: dict[str, Any]) -> str:
             return f"{shown(found, '.1f')} %" if found else ""
 
         tasks = [100 * value for value in values("dev4")]
-        share = [value / teacher["dev4"] for value in tasks]
+        share = [value / teacher["dev4"] for value in tasks] if teacher.get("dev4") else []
         keys = [mean(group, f"k{length}") for length in LENGTHS]
         cells = [
             label(name, stage),

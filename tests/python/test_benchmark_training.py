@@ -40,7 +40,9 @@ def test_runs_of_two_seeds_and_their_table(tmp_path: Path, capsys: pytest.Captur
         {"name": "fails", "cpt": {"max_steps": 1, "sequence_length": 100_000}},
         {"name": "has no time", "needs": 1e9},
     ]
-    (tmp_path / "settings.yaml").write_text(yaml.safe_dump([{**run, "scores": ["short"]} for run in settings]))
+    (tmp_path / "settings.yaml").write_text(
+        yaml.safe_dump([{**run, "scores": ["short", "perplexity"]} for run in settings])
+    )
     (tmp_path / "claims").mkdir()  # as a worker: the command would start processes
     output = tmp_path / "out.jsonl"
     text = str(tmp_path / "text.jsonl")
@@ -51,7 +53,9 @@ def test_runs_of_two_seeds_and_their_table(tmp_path: Path, capsys: pytest.Captur
     stages = [(line["name"], line["seed"], line["stage"]) for line in lines]
     seeds = [("both", seed, stage) for seed in (1, 2) for stage in ("ard", "cpt", "mix 0.5")]
     assert stages == [("teacher", 1, "teacher"), ("PI x4 untrained", 1, "untrained"), *seeds]
-    assert all(line["commit"] == "abc" and 0 <= line["dev4"] <= 1 and line["lam"] > 0 for line in lines)
+    assert all(
+        line["commit"] == "abc" and 0 <= line["dev4"] <= 1 and line["lam"] > 0 and line["ppl"] > 0 for line in lines
+    )
     trained = lines[3]
     assert trained["tokens"] == 2 * 32 + 2 * 96
     assert trained["dev4"] == pytest.approx(
