@@ -71,11 +71,14 @@ class RelationKL : public Function<RelationKL> {
     context->save_for_backward({student, teacher, lse_student, lse_teacher, or_undefined(options.key_padding_mask()),
                                 or_undefined(options.cu_seqlens())});
     save_options(*context, options);
+    // Or zeros would be made as gradients of the statistics.
+    context->set_materialize_grads(false);
     context->mark_non_differentiable({lse_student, lse_teacher});
     return {kl, lse_student, lse_teacher};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    if (!gradients[0].defined()) return variable_list(3);
     const variable_list saved = context->get_saved_variables();
     const auto options = saved_options<RelationOptions>(*context)
                              .key_padding_mask(or_nothing(saved[4]))
@@ -165,14 +168,16 @@ class MeansOfRows : public Function<MeansOfRows> {
         sizes.push_back(size);
     context->saved_data["sizes"] = sizes;
     context->save_for_backward({inverse_count});
+    context->set_materialize_grads(false);
     context->mark_non_differentiable({inverse_count});
     return {mean, inverse_count};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    const at::Tensor ones = gradients[0].mul(context->get_saved_variables()[0]);
     const std::vector<c10::SymInt> sizes = context->saved_data.at("sizes").toSymIntVector();
     constexpr size_t kDimensions = 3;
+    if (!gradients[0].defined()) return variable_list(sizes.size() / kDimensions);
+    const at::Tensor ones = gradients[0].mul(context->get_saved_variables()[0]);
     variable_list results;
     for (size_t i = 0; i < sizes.size() / kDimensions; ++i) {
       const c10::SymIntArrayRef size(sizes.data() + i * kDimensions, kDimensions);
@@ -197,11 +202,14 @@ class AttentionKL : public Function<AttentionKL> {
                                 or_undefined(options.query_padding_mask()), or_undefined(options.key_padding_mask()),
                                 or_undefined(options.cu_seqlens()), or_undefined(options.cu_seqlens_key())});
     save_options(*context, options);
+    // Or zeros would be made as gradients of the statistics.
+    context->set_materialize_grads(false);
     context->mark_non_differentiable({lse_student, lse_teacher});
     return {kl, lse_student, lse_teacher};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    if (!gradients[0].defined()) return variable_list(5);
     const variable_list saved = context->get_saved_variables();
     const auto options = saved_options<AttentionOptions>(*context)
                              .query_padding_mask(or_nothing(saved[6]))

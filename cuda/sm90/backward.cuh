@@ -22,6 +22,7 @@ struct BackwardPlan {
   int first;      ///< owner
   int last_tile;  ///< the walk goes from here to earlier ones
   int tiles;
+  bool is_plain;  ///< the head, see BackwardToken
 };
 
 /// Vectors of one head.
@@ -57,10 +58,11 @@ class Backward {
   static constexpr int kOtherChunk = kTileTokens * kLineBytes;
   /// Every warpgroup adds up the others' gradient for its chunk of dimensions; with one chunk they take turns.
   static constexpr bool kShareTile = kChunks == kGroups;
-  // Gradients on their way out: two boxes of 64 tokens x 32 dimensions of float for each warpgroup, swizzled.
-  static constexpr int kOutBox = kTileTokens * kLineBytes;
-  static constexpr int kOutBoxes = kChunkDims / kFloatChunkDims;
-  static constexpr int kOutBytes = kGroups * kOutBoxes * kOutBox;
+  // Gradients on their way out: a box of 64 tokens x 64 dimensions of float for each warpgroup, swizzled. A token has
+  // two lines one after the other: the eight rows that a warp writes at once then meet in no bank.
+  static constexpr int kOutLines = kChunkDims / kFloatLineDims;
+  static constexpr int kOutBox = kTileTokens * kOutLines * kLineBytes;
+  static constexpr int kOutBytes = kGroups * kOutBox;
 
   // The owners' teacher vectors of the first chunks move to registers at once, as many as are free, which spares shared
   // memory's bandwidth; gradients leave from where they were.
@@ -78,7 +80,8 @@ class Backward {
       kStageValues + (Form::kOtherValues ? kTileTokens * static_cast<int>(sizeof(Value)) : 0);
   static constexpr int kOwnerValues = kRing + kStages * kStageBytes;
   static constexpr int kPlan = kOwnerValues + kOwners * static_cast<int>(sizeof(Value));
-  static constexpr int kBarriers = kPlan + 16;
+  static constexpr int kBarriers = kPlan + 32;
+  static_assert(sizeof(Plan) <= 32);
   static_assert(kH % kSwizzleBytes == 0 && kStageBytes % kSwizzleBytes == 0);
 
  public:
@@ -91,13 +94,13 @@ class Backward {
     const int tiles = (Form::end_of_walk(arguments.params, first + kOwners) + kTileTokens - 1) / kTileTokens;
     const int begin = Walk::part_begin(arguments.schedule, walk.part, tiles);
     const int end = Walk::part_begin(arguments.schedule, walk.part + 1, tiles);
-    const Plan plan{walk.head, first, end - 1, end - begin};
+    const Plan plan{walk.head, first, end - 1, end - begin, false};
     const Backward backward(arguments, plan);
     // Vectors are what no step of the call writes: they are on their way before the steps ahead have ended.
     if (plan.tiles > 0 && threadIdx.x == 0) backward.begin();
     wait_for_kernels_ahead();
     if (plan.tiles > 0) {
-      backward.run_block(Form::is_left_out(arguments.params, walk.head));
+      backward.run_block(Form::is_left_out(arguments.params, walk.head), Form::is_plain(arguments.params, walk.head));
     } else {
       Form::template finish_empty<T, kOwners>(arguments.params, plan);
     }
@@ -129,15 +132,16 @@ class Backward {
   __device__ uint32_t out_full(int group) const { return full(kStages + 2 + group); }
   __device__ uint32_t out_empty(int group) const { return empty(kStages + 2 + group); }
   __device__ uint32_t stage_at(int stage) const { return shared_ + kRing + stage * kStageBytes; }
-  __device__ uint32_t out_at(int group) const { return shared_ + kOut + group * kOutBoxes * kOutBox; }
+  __device__ uint32_t out_at(int group) const { return shared_ + kOut + group * kOutBox; }
   __device__ uint32_t h_at(int buffer) const { return shared_ + kH + buffer * kHBytes; }
 
-  __device__ void run_block(bool is_left_out) const {
+  __device__ void run_block(bool is_left_out, bool is_plain) const {
     if (is_left_out) {
       // The copies that have begun end while their memory is the block's.
       if (threadIdx.x == 0) mbarrier_wait(owners_loaded(), 0);
       return;
     }
+    if (threadIdx.x == 0) reinterpret_cast<Plan*>(memory_ + kPlan)->is_plain = is_plain;
     __syncthreads();
     const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
     if (group == 0) {
@@ -242,12 +246,7 @@ class Backward {
   __device__ void send(int group, int count, int first_token, int chunk) const {
     const int head = Form::head_of_sums(p_, plan().head);
     mbarrier_wait(out_full(group), count % 2);
-#pragma unroll
-    for (int box = 0; box < kOutBoxes; ++box) {
-      const int first_dim = chunk * kChunkDims + box * kFloatChunkDims;
-      if (first_dim < Form::dim(p_))
-        tma_reduce_add_4d(&arguments_.gradient, out_at(group) + box * kOutBox, first_dim, first_token, head, 0);
-    }
+    tma_reduce_add_4d(&arguments_.gradient, out_at(group), 0, chunk * kOutLines, first_token, head);
     bulk_commit();
     bulk_wait_read<0>();
     mbarrier_arrive(out_empty(group));

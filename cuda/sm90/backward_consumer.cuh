@@ -13,7 +13,11 @@ namespace linearard::cuda::sm90 {
 template <typename T, int kDim, typename Form>
 class Backward<T, kDim, Form>::Consumer {
  public:
-  __device__ Consumer(const Backward& block, int group) : b_(block), group_(group) {}
+  __device__ Consumer(const Backward& block, int group)
+      : b_(block),
+        group_(group),
+        own_(opaque(matrix_descriptor<kOwnerChunk>(block.shared_ + group * kTileTokens * kLineBytes))),
+        ring_(opaque(matrix_descriptor<kOtherChunk>(block.stage_at(0)))) {}
 
   __device__ void run() {
     mbarrier_wait(b_.owners_loaded(), 0);
@@ -69,6 +73,8 @@ class Backward<T, kDim, Form>::Consumer {
  private:
   const Backward& b_;
   const int group_;
+  const uint64_t own_;
+  const uint64_t ring_;
   uint32_t owners_[kRegisterSteps][4];  ///< the teacher's vectors of the group's owners, their first chunks
   float gradient_[kDim / 2];
 
@@ -89,18 +95,18 @@ class Backward<T, kDim, Form>::Consumer {
       load_matrices(owners_[step], swizzled_step(from + step / kStepsOfChunk * kOwnerChunk, step % kStepsOfChunk));
   }
 
+  __device__ uint64_t stage_of(int stage) const { return ring_ + static_cast<uint64_t>(stage * (kStageBytes / 16)); }
+
   // --- products: issued, not waited for
   // -------------------------------------------------------------------------------
 
   __device__ void multiply_vectors(float (&student)[kElements],
                                    float (&teacher)[kElements],
                                    const Position& position) const {
-    const uint32_t stage = b_.stage_at(position.stage);
-    const uint32_t own = b_.shared_ + group_ * kTileTokens * kLineBytes;
-    const uint64_t own_student = matrix_descriptor<kOwnerChunk>(own);
-    const uint64_t own_teacher = matrix_descriptor<kOwnerChunk>(own + kTeacherRest);
-    const uint64_t other_student = matrix_descriptor<kOtherChunk>(stage);
-    const uint64_t other_teacher = matrix_descriptor<kOtherChunk>(stage + kStageTeacher);
+    const uint64_t own_student = own_;
+    const uint64_t own_teacher = own_ + kTeacherRest / 16;
+    const uint64_t other_student = stage_of(position.stage);
+    const uint64_t other_teacher = other_student + kStageTeacher / 16;
     mbarrier_wait(b_.full(position.stage), position.parity);
     warpgroup_fence();
 #pragma unroll
@@ -121,7 +127,7 @@ class Backward<T, kDim, Form>::Consumer {
 
   /// Owners' gradient += H X of the tile.
   __device__ void sum_owners(const uint32_t (&h)[kElements / 8][4], int stage) {
-    const uint64_t x = matrix_descriptor<kOtherChunk>(b_.stage_at(stage));
+    const uint64_t x = stage_of(stage);
     warpgroup_fence();
 #pragma unroll
     for (int step = 0; step < kTileTokens / kStep; ++step)
@@ -152,7 +158,8 @@ class Backward<T, kDim, Form>::Consumer {
     const Value rows[2] = {own[0], own[8]};
     const int first_column = (b_.plan().last_tile - i) * kTileTokens;
     const int first_row = b_.plan().first + group_ * kTileTokens;
-    Form::template weigh<T>(b_.p_, student, teacher, rows, columns + column_of_thread(), first_row, first_column, h);
+    Form::template weigh<T>(b_.p_, b_.plan().is_plain, student, teacher, rows, columns + column_of_thread(), first_row,
+                            first_column, h);
   }
 
   __device__ void store_h(const uint32_t (&h)[kElements / 8][4], int i) const {
@@ -177,24 +184,21 @@ class Backward<T, kDim, Form>::Consumer {
   /// @param values accumulators of 64 dimensions, @param count of the group's earlier ones
   __device__ void write(const float* values, int count) const {
     mbarrier_wait(b_.out_empty(group_), (count + 1) % 2);
-    // A thread writes two floats, half of a piece of 16 bytes, of both its rows. Threads of odd rows take fragments in
-    // another order: the swizzle alone would let every two rows meet in the same banks.
-    const bool odd = (row_of_thread() & 1) != 0;
-    const int piece = column_of_thread() / 4 ^ (row_of_thread() & 7) ^ (odd ? 4 : 0);
-    char* const out = b_.memory_ + (b_.out_at(group_) - b_.shared_) + row_of_thread() * kLineBytes +
+    // A thread writes two floats, half of a piece of 16 bytes, of both its rows.
+    constexpr int kTokenBytes = kOutLines * kLineBytes;
+    const int piece = column_of_thread() / 4 ^ (row_of_thread() & 3) * kOutLines;
+    char* const out = b_.memory_ + (b_.out_at(group_) - b_.shared_) + row_of_thread() * kTokenBytes +
                       column_of_thread() % 4 * static_cast<int>(sizeof(float));
-    constexpr int kFragments = kFloatChunkDims / 8;
-    static_assert(kFragments == 4);
+    constexpr int kFragments = kFloatLineDims / 8;
+    static_assert(kFragments == 4 && kOutLines == 2);
 #pragma unroll
     for (int n = 0; n < kChunkDims / 8; ++n) {
-      char* const to = out + n / kFragments * kOutBox + (piece ^ n % kFragments * 2) * 16;
-      const float* const of_even = values + 4 * n;
-      const float* const of_odd = values + 4 * (n ^ 2);
+      const int line = n / kFragments;
+      char* const to = out + line * kLineBytes + (piece ^ line ^ n % kFragments * 2) * 16;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        *reinterpret_cast<float2*>(to + 8 * r * kLineBytes) =
-            make_float2(odd ? of_odd[2 * r] : of_even[2 * r], odd ? of_odd[2 * r + 1] : of_even[2 * r + 1]);
-      }
+      for (int r = 0; r < 2; ++r)
+        *reinterpret_cast<float2*>(to + 8 * r * kTokenBytes) =
+            make_float2(values[4 * n + 2 * r], values[4 * n + 2 * r + 1]);
     }
     fence_async_proxy();
     __syncwarp();

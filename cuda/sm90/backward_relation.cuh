@@ -25,11 +25,13 @@ struct RelationForm {
   static constexpr int kRegisterChunks = 1;
 
   __device__ static bool is_left_out(const Params& p, int head) { return p.wide_heads[head] != 0; }
+  __device__ static bool is_plain(const Params& p, int head) {
+    return p.plain_heads != nullptr && p.plain_heads[head] != 0;
+  }
   __device__ static int end_of_walk(const Params& p, int end_of_owners) { return min(end_of_owners, p.tokens); }
   template <typename T, int kOwners>
   __device__ static void finish_empty(const Params& /*p*/, const BackwardPlan& /*plan*/) {}
   __device__ static int head_of_sums(const Params& /*p*/, int head) { return head; }
-  __device__ static int dim(const Params& p) { return p.student.dim; }
 
   __device__ static BackwardSources sources_of(const Arguments& arguments, int head) {
     const triangular::Place place = triangular::place_of(arguments.params.group, head);
@@ -48,6 +50,7 @@ struct RelationForm {
 
   template <typename T, int kElements>
   __device__ static void weigh(const Params& p,
+                               bool is_plain,
                                const float (&student)[kElements],
                                const float (&teacher)[kElements],
                                const Value (&rows)[2],
@@ -56,12 +59,22 @@ struct RelationForm {
                                int first_column,
                                uint32_t (&h)[kElements / 8][4]) {
     const ElementFactors factors(p.factors);
-    const PairTerms terms{factors};
+    const PairWeights weights{{factors}};
     const Diagonal diagonal{first_row + row_of_thread() - first_column - column_of_thread()};
-    if (first_column + kTileTokens <= first_row) {
-      weigh_pairs<T, false>(student, teacher, terms, rows, columns, diagonal, 1.f, h);
+    const bool is_whole = first_column + kTileTokens <= first_row;
+    if (is_plain && is_whole && first_row + kTileTokens <= p.tokens) {
+      const float reference = 2 * rows[0].bias;
+      if (p.causal) {
+        weigh_pairs<T, false>(student, teacher, PlainPairWeights<false>{factors, reference}, rows, columns, diagonal,
+                              1.f, h);
+      } else {
+        weigh_pairs<T, false>(student, teacher, PlainPairWeights<true>{factors, reference}, rows, columns, diagonal,
+                              1.f, h);
+      }
+    } else if (is_whole) {
+      weigh_pairs<T, false>(student, teacher, weights, rows, columns, diagonal, 1.f, h);
     } else {
-      weigh_pairs<T, true>(student, teacher, terms, rows, columns, diagonal, p.causal ? 1.f : 0.5f, h);
+      weigh_pairs<T, true>(student, teacher, weights, rows, columns, diagonal, p.causal ? 1.f : 0.5f, h);
     }
   }
 };

@@ -30,11 +30,11 @@ struct SetsForm {
   static constexpr int kRegisterChunks = 2;
 
   __device__ static bool is_left_out(const Params& /*p*/, int /*head*/) { return false; }
+  __device__ static bool is_plain(const Params& /*p*/, int /*head*/) { return false; }
   __device__ static int end_of_walk(const Params& p, int end_of_owners) {
     return p.causal ? max(0, min(p.others, end_of_owners + p.offset)) : p.others;
   }
   __device__ static int head_of_sums(const Params& p, int head) { return head / p.group; }
-  __device__ static int dim(const Params& p) { return p.own_student.dim; }
 
   /// Rows that see no key.
   template <typename T, int kOwners>
@@ -66,6 +66,7 @@ struct SetsForm {
 
   template <typename T, int kElements>
   __device__ static void weigh(const Params& p,
+                               bool /*is_plain*/,
                                const float (&student)[kElements],
                                const float (&teacher)[kElements],
                                const Value (&rows)[2],

@@ -181,9 +181,7 @@ class Forward {
   // ----------------------------------------------------------------------------------
 
   /// Visitors x owners of the group: issued, not waited for.
-  __device__ static void multiply(float (&products)[kElements], uint32_t visitors, uint32_t owners) {
-    const uint64_t a = matrix_descriptor<kVisitorChunk>(visitors);
-    const uint64_t b = matrix_descriptor<kOwnerChunk>(owners);
+  __device__ static void multiply(float (&products)[kElements], uint64_t a, uint64_t b) {
     warpgroup_fence();
 #pragma unroll
     for (int step = 0; step < kDim / kStep; ++step) {
@@ -197,17 +195,26 @@ class Forward {
     if (threadIdx.x % 32 == 0) mbarrier_arrive(empty(stage));
   }
 
+  /// Descriptors of the first stage and of the group's owners.
+  struct Operands {
+    uint64_t ring;
+    uint64_t student;
+    uint64_t teacher;
+
+    __device__ uint64_t stage(int stage) const { return ring + static_cast<uint64_t>(stage * (kStageBytes / 16)); }
+  };
+
   /// Both products of the tile at `position`, which moves on behind it.
   __device__ void multiply_tile(float (&student)[kElements],
                                 float (&teacher)[kElements],
                                 Position& position,
-                                uint32_t owners) const {
+                                const Operands& operands) const {
     const int teacher_stage = position.stage;
     mbarrier_wait(full(position.stage), position.parity);
-    multiply(teacher, stage_at(position.stage), owners + kOwnerTeacher);
+    multiply(teacher, operands.stage(position.stage), operands.teacher);
     position.advance();
     mbarrier_wait(full(position.stage), position.parity);
-    multiply(student, stage_at(position.stage), owners);
+    multiply(student, operands.stage(position.stage), operands.student);
     warpgroup_wait<1>();
     pin(teacher);
     release(teacher_stage);
@@ -217,31 +224,77 @@ class Forward {
     position.advance();
   }
 
+  /// The thread's rows of a tile in global memory. Pointers that move on with the tiles: computed anew for each, their
+  /// addresses would be a tenth of the loop.
+  struct Visitors {
+    const float2* values;  ///< of the first row; the other is 8 further
+    float* sums;           ///< of the row that the thread adds to; the sums are `stride` apart
+    int left;              ///< tokens of the head from the first row on
+    int stride;
+
+    __device__ Visitors(const Forward& of, int first_row)
+        : values(reinterpret_cast<const float2*>(of.values()) + first_row),
+          sums(of.sums() + first_row + added_row()),
+          left(of.p_.tokens - first_row),
+          stride(of.p_.tokens) {}
+    /// The thread keeps the sums of its first row or of the one 8 below.
+    __device__ static int added_row() { return 8 * static_cast<int>(threadIdx.x & 1); }
+    __device__ ForwardToken value(int row) const {
+      if (row >= left) return {0.f, 0.f};
+      const float2 value = __ldg(values + row);
+      return {value.x, value.y};
+    }
+    __device__ void add(const Sums& of_token) const {
+      if (added_row() >= left) return;
+      atomicAdd(sums, of_token.mass);
+      atomicAdd(sums + stride, of_token.moment);
+      atomicAdd(sums + 2 * static_cast<int64_t>(stride), of_token.phi);
+    }
+    __device__ void advance() {
+      values += kTileTokens;
+      sums += kTileTokens;
+      left -= kTileTokens;
+    }
+  };
+
   __device__ void consume(int group) const {
     const ElementFactors factors(p_.factors);
+    const bool is_plain = p_.plain_heads != nullptr && p_.plain_heads[head_] != 0;
     const int first_owner = first_ + group * kGroupOwners;
     const uint32_t owners = shared_ + group * kGroupOwners * kLineBytes;
     const auto* columns =
         reinterpret_cast<const ColumnPair*>(memory_ + kOwnerValues) + (group * kGroupOwners + column_of_thread()) / 2;
+    const Operands operands{opaque(matrix_descriptor<kVisitorChunk>(stage_at(0))),
+                            opaque(matrix_descriptor<kOwnerChunk>(owners)),
+                            opaque(matrix_descriptor<kOwnerChunk>(owners + kOwnerTeacher))};
     float student[kElements];
     float teacher[kElements];
     Sums owner_sums[kElements / 2];
     Position position;
+    Visitors visitors(*this, begin_ * kTileTokens + row_of_thread());
     mbarrier_wait(owners_loaded(), 0);
 #pragma unroll 1
-    for (int tile = begin_; tile < end_; ++tile) {
+    for (int tile = begin_; tile < end_; ++tile, visitors.advance()) {
       const int first_row = tile * kTileTokens + row_of_thread();
-      ForwardRows rows{{value_of(first_row), value_of(first_row + 8)}, {}};
-      multiply_tile(student, teacher, position, owners);
+      const bool counts_plainly =
+          is_plain && tile * kTileTokens >= first_owner + kGroupOwners && tile * kTileTokens + kTileTokens <= p_.tokens;
+      ForwardRows rows{{{0.f, 1.f}, {0.f, 1.f}}, {}};
+      if (!counts_plainly) {
+        rows.values[0] = visitors.value(0);
+        rows.values[1] = visitors.value(8);
+      }
+      multiply_tile(student, teacher, position, operands);
       if (tile * kTileTokens + kTileTokens - 1 <= first_owner) continue;
       const Diagonal diagonal{first_row - first_owner - column_of_thread()};
-      if (tile * kTileTokens >= first_owner + kGroupOwners) {
-        add_pairs<false>(student, teacher, factors, columns, diagonal, rows, owner_sums);
+      if (counts_plainly) {
+        add_pairs<PairKind::kPlain>(student, teacher, factors, columns, diagonal, rows, owner_sums);
+      } else if (tile * kTileTokens >= first_owner + kGroupOwners) {
+        add_pairs<PairKind::kAll>(student, teacher, factors, columns, diagonal, rows, owner_sums);
       } else {
         write_own(student, teacher, factors, diagonal, first_row);
-        add_pairs<true>(student, teacher, factors, columns, diagonal, rows, owner_sums);
+        add_pairs<PairKind::kPartial>(student, teacher, factors, columns, diagonal, rows, owner_sums);
       }
-      write_visitors(rows.sums, first_row);
+      write_visitors(rows.sums, visitors);
     }
     // A causal pair counts for its later token only.
     if (!p_.causal) write_owners(owner_sums, first_owner);
@@ -283,12 +336,12 @@ class Forward {
   }
 
   /// Over the four threads that share the rows: one keeps the first row, its neighbour the second.
-  __device__ void write_visitors(const Sums (&sums)[2], int first_row) const {
+  __device__ static void write_visitors(const Sums (&sums)[2], const Visitors& visitors) {
     Sums mine = exchange(sums[0], sums[1], 1);
     mine.mass += __shfl_xor_sync(0xffffffffu, mine.mass, 2);
     mine.moment += __shfl_xor_sync(0xffffffffu, mine.moment, 2);
     mine.phi += __shfl_xor_sync(0xffffffffu, mine.phi, 2);
-    if ((threadIdx.x & 2) == 0) add(first_row + 8 * static_cast<int>(threadIdx.x & 1), mine);
+    if ((threadIdx.x & 2) == 0) visitors.add(mine);
   }
 
   /// Over the eight threads that share the columns, each of which keeps one column of two fragments in four.

@@ -14,6 +14,10 @@ namespace linearard::cuda {
 bool sm90_takes(const TriangularForwardParams& params);
 bool sm90_takes(const TriangularBackwardParams& params);
 
+/// Floats of a token's gradient while it is summed, in TriangularBackwardParams::gradient and in key_sums: the copy
+/// engine adds whole lines of 128 bytes. Those beyond the dimension become zeros.
+constexpr int sm90_sum_dim(int dim) { return (dim + 31) / 32 * 32; }
+
 /// Errors of the launch; cudaErrorInvalidValue or cudaErrorNotSupported where the driver refuses a tensor map.
 cudaError_t launch_triangular_forward_sm90(const TriangularForwardParams& params, cudaStream_t stream);
 cudaError_t launch_triangular_backward_sm90(const TriangularBackwardParams& params, cudaStream_t stream);
@@ -38,7 +42,7 @@ cudaError_t launch_sets_backward_sm90(const BackwardParams& params, void* row_va
 /// Whether one launch may make the gradients of both sets, of the same call: of a dimension of at most 128.
 bool sm90_takes_both_sets(const BackwardParams& rows, const BackwardParams& keys);
 /// Each pair once; the keys' gradient depends on the order of additions.
-/// @param row_values aligned to 16 bytes; @param key_sums [B, key heads, keys, D] likewise
+/// @param row_values aligned to 16 bytes; @param key_sums [B, key heads, keys, sm90_sum_dim(D)] likewise
 cudaError_t launch_both_sets_backward_sm90(
     const BackwardParams& rows, const BackwardParams& keys, void* row_values, float* key_sums, cudaStream_t stream);
 

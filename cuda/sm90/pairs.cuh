@@ -10,7 +10,6 @@ namespace linearard::cuda::sm90 {
 
 using triangular::ColumnPair;
 using triangular::ElementFactors;
-using triangular::PairTerms;
 using triangular::Sums;
 
 /// Fragments of 8 columns whose pairs are found near or far together: one vote of the warp for each.
@@ -51,6 +50,13 @@ struct ForwardRows {
   Sums sums[2];
 };
 
+/// What is known of a tile's pairs.
+enum class PairKind : int {
+  kPartial,  ///< some do not count
+  kAll,      ///< all count
+  kPlain,    ///< all count, of a plain head
+};
+
 /// Where a tile meets the diagonal.
 struct Diagonal {
   int distance;  ///< of the thread's first row from its first column
@@ -59,7 +65,7 @@ struct Diagonal {
   __device__ int row_minus_column(int fragment, int c) const { return distance + 8 * (c / 2) - 8 * fragment - c % 2; }
 };
 
-template <bool kPartial, bool kAllNear, int kElements>
+template <PairKind kKind, bool kAllNear, int kElements>
 __device__ void add_fragments(const float (&difference)[kElements],
                               const float (&teacher)[kElements],
                               int first,
@@ -77,10 +83,26 @@ __device__ void add_fragments(const float (&difference)[kElements],
       const ForwardToken& column = c % 2 == 0 ? pair.first : pair.second;
       const float exponent = factors.exponent(teacher[4 * n + c], row.bias, column.bias);
       ForwardTerms terms = forward_terms<kAllNear>(factors, difference[4 * n + c], exponent);
-      if (kPartial && diagonal.row_minus_column(n, c) <= 0) terms = {0, 0, 0};
+      if (kKind == PairKind::kPartial && diagonal.row_minus_column(n, c) <= 0) terms = {0, 0, 0};
       rows.sums[c / 2].add(terms.mass, terms.moment, terms.phi, column.weight);
       column_sums[2 * n + c % 2].add(terms.mass, terms.moment, terms.phi, row.weight);
     }
+  }
+}
+
+/// The same for a plain head's pairs, all near: no bias, and all weights are 1.
+template <int kElements>
+__device__ void add_plain_fragments(const float (&difference)[kElements],
+                                    const float (&teacher)[kElements],
+                                    int first,
+                                    const ElementFactors& factors,
+                                    ForwardRows& rows,
+                                    Sums (&column_sums)[kElements / 2]) {
+#pragma unroll
+  for (int i = 4 * first; i < 4 * (first + kVoteFragments); ++i) {
+    const ForwardTerms terms = forward_terms<true>(factors, difference[i], teacher[i] * factors.teacher);
+    rows.sums[i / 2 % 2].add(terms.mass, terms.moment, terms.phi);
+    column_sums[i / 4 * 2 + i % 2].add(terms.mass, terms.moment, terms.phi);
   }
 }
 
@@ -102,7 +124,7 @@ __device__ float subtract_teacher(float (&student)[kElements],
 
 /// Adds all pairs to the sums of their rows and columns. Overwrites the student's products.
 /// @param columns values of the thread's columns of fragment 0; those of fragment n are 4 n pairs further
-template <bool kPartial, int kElements>
+template <PairKind kKind, int kElements>
 __device__ void add_pairs(float (&student)[kElements],
                           const float (&teacher)[kElements],
                           const ElementFactors& factors,
@@ -115,19 +137,55 @@ __device__ void add_pairs(float (&student)[kElements],
 #pragma unroll
   for (int first = 0; first < kElements / 4; first += kVoteFragments) {
     if (__all_sync(0xffffffffu, subtract_teacher(student, teacher, first, kNoMean) < factors.near)) {
-      add_fragments<kPartial, true>(student, teacher, first, factors, columns, diagonal, rows, column_sums);
+      if constexpr (kKind == PairKind::kPlain) {
+        add_plain_fragments(student, teacher, first, factors, rows, column_sums);
+      } else {
+        add_fragments<kKind, true>(student, teacher, first, factors, columns, diagonal, rows, column_sums);
+      }
     } else {
-      add_fragments<kPartial, false>(student, teacher, first, factors, columns, diagonal, rows, column_sums);
+      add_fragments<kKind, false>(student, teacher, first, factors, columns, diagonal, rows, column_sums);
     }
   }
 }
 
+/// Weights of a pair, for both its tokens.
+struct PairWeights {
+  triangular::PairTerms terms;
+
+  __device__ float operator()(float difference,
+                              float product_teacher,
+                              const BackwardToken& i,
+                              const BackwardToken& j) const {
+    const auto parts = terms(difference, product_teacher, i, j);
+    return parts.e * (parts.first + parts.second);
+  }
+};
+
+/// Weights of a plain head's pairs: what does not depend on the pair is added up before.
+/// @tparam kBothSides whether the pair is one of the column's row, too
+template <bool kBothSides>
+struct PlainPairWeights {
+  const ElementFactors& factors;
+  float reference;  ///< the bias of all pairs
+
+  __device__ float operator()(float difference,
+                              float product_teacher,
+                              const BackwardToken& i,
+                              const BackwardToken& j) const {
+    const float w = exp2_approximate(difference * factors.student);
+    const float e = exp2_approximate(fmaf(product_teacher, factors.teacher, -reference));
+    const float ratio = kBothSides ? i.row_ratio + j.row_ratio : i.row_ratio;
+    const float row = kBothSides ? i.row + j.row : i.row;
+    return e * fmaf(w, ratio, -row);
+  }
+};
+
 /// H of all pairs, rounded and packed as the operand A of a sum over the columns: 16 of them for each step.
 /// @param columns values of the thread's first column; @param self what a token's pair with itself counts
-template <typename T, bool kPartial, int kElements>
+template <typename T, bool kPartial, typename Terms, int kElements>
 __device__ void weigh_pairs(const float (&student)[kElements],
                             const float (&teacher)[kElements],
-                            const PairTerms& terms,
+                            const Terms& terms,
                             const BackwardToken (&rows)[2],
                             const BackwardToken* columns,
                             const Diagonal& diagonal,
@@ -139,8 +197,7 @@ __device__ void weigh_pairs(const float (&student)[kElements],
     float weights[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const auto parts = terms(student[4 * n + c] - teacher[4 * n + c], teacher[4 * n + c], rows[c / 2], pair[c % 2]);
-      weights[c] = parts.e * (parts.first + parts.second);
+      weights[c] = terms(student[4 * n + c] - teacher[4 * n + c], teacher[4 * n + c], rows[c / 2], pair[c % 2]);
       if constexpr (kPartial) {
         const int distance = diagonal.row_minus_column(n, c);
         weights[c] = distance > 0 ? weights[c] : distance == 0 ? weights[c] * self : 0.f;

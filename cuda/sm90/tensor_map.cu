@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "launch.h"
 #include "schedule.cuh"
 
 namespace linearard::cuda::sm90 {
@@ -87,14 +88,14 @@ cudaError_t map_token_values(CUtensorMap& map, const void* values, int heads, in
 }
 
 cudaError_t map_gradient(CUtensorMap& map, const float* gradient, int heads, int tokens, int dim) {
-  const uint64_t token_bytes = static_cast<uint64_t>(dim) * sizeof(float);
-  const uint64_t head_bytes = static_cast<uint64_t>(tokens) * token_bytes;
+  const auto sum_dim = static_cast<uint64_t>(sm90_sum_dim(dim));
+  const uint64_t token_bytes = sum_dim * sizeof(float);
   return encode_tensor_map(
       map, {gradient,
             true,
-            {static_cast<uint64_t>(dim), static_cast<uint64_t>(tokens), static_cast<uint64_t>(heads), 1},
-            {token_bytes, head_bytes, head_bytes * static_cast<uint64_t>(heads)},
-            {kFloatChunkDims, kTileTokens, 1, 1},
+            {kFloatLineDims, sum_dim / kFloatLineDims, static_cast<uint64_t>(tokens), static_cast<uint64_t>(heads)},
+            {kFloatLineDims * sizeof(float), token_bytes, token_bytes * static_cast<uint64_t>(tokens)},
+            {kFloatLineDims, kChunk / kFloatLineDims, kTileTokens, 1},
             true});
 }
 

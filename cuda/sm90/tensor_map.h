@@ -20,11 +20,11 @@ bool can_map(const Vectors& vectors, int batch, int heads);
 /// [heads, tokens] of four floats in boxes of 64 tokens, without a swizzle. Likewise.
 cudaError_t map_token_values(CUtensorMap& map, const void* values, int heads, int tokens);
 
-/// Dimensions of a box of floats that is 128 bytes wide.
-inline constexpr int kFloatChunkDims = 32;
+/// Dimensions of a line of 128 bytes.
+inline constexpr int kFloatLineDims = 32;
 
-/// [heads, tokens, dim] of floats, contiguous, in boxes of 64 tokens x 32 dimensions with the 128-byte swizzle.
-/// Likewise.
+/// [heads, tokens, sm90_sum_dim(dim)] of floats, contiguous, as tensors of [heads][tokens][lines of 32 floats], in
+/// boxes of 64 tokens x 2 lines with the 128-byte swizzle. Likewise.
 cudaError_t map_gradient(CUtensorMap& map, const float* gradient, int heads, int tokens, int dim);
 
 }  // namespace linearard::cuda::sm90

@@ -75,6 +75,12 @@ struct Sums {
     moment = fmaf(moment_of_e, weight, moment);
     phi = fmaf(phi_of_e, weight, phi);
   }
+  /// With weight 1.
+  __device__ void add(float e, float moment_of_e, float phi_of_e) {
+    mass += e;
+    moment += moment_of_e;
+    phi += phi_of_e;
+  }
 };
 
 /// Two neighbouring columns as a thread reads them.

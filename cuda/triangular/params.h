@@ -30,6 +30,16 @@ struct alignas(16) BackwardToken {
   float row_ratio;  ///< row x 2^(lse_t - lse_s)
 };
 
+// Heads whose logits are small and close to each other are plain: no bias depends on the token, and the kernels of
+// Hopper leave it out. In the forward bias = 0 and weight = 1; in the backward bias is half of C for all tokens, key =
+// 1 and row = upstream gradient x 2^(C - lse_t).
+
+/// Largest t_ii of a plain head in the forward, and largest spread of its lse_t in the backward, nats.
+inline constexpr float kPlainReach = 60.f;
+/// Largest exponent of a plain head's 2^(t_ij - C) in the backward. What lies so far below that float loses it has a
+/// probability below 2^-99.
+inline constexpr float kPlainHighest = 60.f;
+
 /// Added to the exponent of E_ij <= 1 (nats: 30): float holds what is left of it where the tokens of a pair lie far
 /// apart. See docs/mathematics.md for the bound.
 inline constexpr float kHeadroom = 43.f;
@@ -97,6 +107,7 @@ struct TriangularForwardParams {
   const ForwardToken* token_values;  ///< [P, N]
   const float* centers;              ///< [P]
   const int* wide_heads;             ///< [P] 1: left to the dense kernels
+  const int* plain_heads;            ///< [P] 1: plain; null: none
   float* sums;                       ///< [P, kSums, N], zero before
   OwnLogit* own;                     ///< [P, N] of heads that are not wide: written
   RelationGroup group;
@@ -115,6 +126,7 @@ struct TriangularBackwardParams {
   LogitFactors factors;
   const BackwardToken* token_values;  ///< [P, N]
   const int* wide_heads;              ///< [P]
+  const int* plain_heads;             ///< [P] 1: plain; null: none
   float* gradient;                    ///< [P, N, D] sum_j H_ij x_j, without the scale; zero before
   // Row by row, Hopper's kernels write the gradient itself instead.
   void* result;  ///< [B H, N, D] of the vectors' type
@@ -138,6 +150,7 @@ struct PrepareForwardParams {
   OwnLogit* own;               ///< [P, N]
   float* centers;              ///< [P]
   int* wide_heads;             ///< [P]
+  int* plain_heads;            ///< [P]; null: no head is to be plain
   // Zeroed:
   float* sums;                    ///< [P, kSums, N]
   int* row_counts;                ///< [P]
@@ -192,7 +205,8 @@ struct PrepareBackwardParams {
   Visibility visibility;
   RowGradients rows[kLargestGroup];  ///< of the relations
   BackwardToken* token_values;
-  int* wide_heads;  ///< [P]
+  int* wide_heads;   ///< [P]
+  int* plain_heads;  ///< [P]; null: no head is to be plain
   // Zeroed, and the marks of the relations:
   float* gradient;          ///< aligned to 16 bytes
   int64_t gradient_floats;  ///< a multiple of 4
@@ -212,9 +226,10 @@ struct FinishBackwardParams {
   RelationGroup group;
   int tokens;
   int dim;
+  int sum_dim;  ///< multiple of 4
   double output_scale;
   const int* wide_heads;  ///< null: none
-  const float* sums;      ///< [P, N, D]
+  const float* sums;      ///< [P, N, sum_dim], the first `dim` of each token
   VectorGradient relations[kLargestGroup];
 };
 

@@ -173,7 +173,8 @@ __global__ void __launch_bounds__(kThreads) forward_tokens_kernel(const __grid_c
     bits = max(bits, p.largest[static_cast<int64_t>(problem) * blocks + block]);
   const float largest = __int_as_float(largest_of_block(bits, scratch));
   // Mid-range of t_ii / 2: both ends of 2^(t_ii / 2 - center) are as far from float's.
-  const float center = largest / 4;
+  const bool is_plain = p.plain_heads != nullptr && largest < kPlainReach * kLog2E;
+  const float center = is_plain ? kHeadroom / 2 : largest / 4;
 #pragma unroll
   for (int i = 0; i < kForwardTokens / kThreads; ++i) {
     const int token = part * kForwardTokens + i * kThreads + static_cast<int>(threadIdx.x);
@@ -181,11 +182,14 @@ __global__ void __launch_bounds__(kThreads) forward_tokens_kernel(const __grid_c
     const int64_t index = static_cast<int64_t>(problem) * p.tokens + token;
     const float half = p.own[index].teacher / 2;
     const bool real = is_real(p.mask, p.tokens, batch, token);
-    p.token_values[index] = real ? ForwardToken{half - kHeadroom / 2, exp2f(half - center)} : ForwardToken{0, 0};
+    ForwardToken value{0, 0};
+    if (real) value = is_plain ? ForwardToken{0, 1} : ForwardToken{half - kHeadroom / 2, exp2f(half - center)};
+    p.token_values[index] = value;
   }
   if (part == 0 && threadIdx.x == 0) {
     p.centers[problem] = center;
     p.wide_heads[problem] = largest < kLargestSpread * kLog2E ? 0 : 1;
+    if (p.plain_heads != nullptr) p.plain_heads[problem] = is_plain ? 1 : 0;
   }
 }
 
@@ -223,6 +227,15 @@ __device__ bool fits(const Extremes& head, float scale) {
   const float reach = (spread / 4 + head.shift) * kLog2E + kHeadroom / 2;
   return log2f(head.largest_grad * scale) + reach < kLargestPower &&
          log2f(head.smallest_grad * scale) - reach > -kLargestPower;
+}
+
+/// Whether it does without biases that depend on the token.
+__device__ bool is_plain(const Extremes& head, float scale) {
+  const float spread = head.highest - head.lowest;
+  if (!(spread < kPlainReach && head.shift < kLargestShift)) return false;
+  const float shift = head.shift * kLog2E;
+  return log2f(head.largest_grad * scale) + spread * kLog2E - kPlainHighest + shift < kLargestPower &&
+         log2f(head.smallest_grad * scale) - kPlainHighest - shift > -kLargestPower;
 }
 
 /// @param rows of the head's relation
@@ -275,25 +288,35 @@ __global__ void __launch_bounds__(kThreads) prepare_backward_kernel(const __grid
   const Extremes head = extremes_of_head(p, rows, place, scratch);
   const float center = (head.highest + head.lowest) / 4 * kLog2E;
   const float scale = half_range_scale(rows.largest_grad);
+  const bool plain = p.plain_heads != nullptr && is_plain(head, scale);
+  const float reference = head.highest * kLog2E - kPlainHighest;  // C
   for (int token = part * kThreads + static_cast<int>(threadIdx.x); token < tokens; token += parts * kThreads) {
     const float grad = rows.grad_kl[rows.one_grad ? 0 : first + token];
     if (rows.row_grads != nullptr) rows.row_grads[first + token] = grad;
     BackwardToken value{0, 0, 0, 0};
     if (is_real(p.visibility.row_mask, tokens, place.batch, token)) {
-      const float half = rows.lse_teacher[first + token] / 2 * kLog2E;
+      const float lse = rows.lse_teacher[first + token];
       // A row that sees one key has no divergence, whatever it is.
       const bool has_gradient = keys_of_row(p.visibility, place.batch, token).count > 1;
       const float weight = has_gradient ? grad * scale : 0.f;
-      value.bias = half - kHeadroom / 2;
-      value.key = exp2f(half - center - kHeadroom / 2);
-      value.row = weight * exp2f(center - half - kHeadroom / 2);
-      value.row_ratio = value.row * exp2f((rows.lse_teacher[first + token] - rows.lse_student[first + token]) * kLog2E);
+      if (plain) {
+        value.bias = reference / 2;
+        value.key = 1;
+        value.row = weight * exp2f(reference - lse * kLog2E);
+      } else {
+        const float half = lse / 2 * kLog2E;
+        value.bias = half - kHeadroom / 2;
+        value.key = exp2f(half - center - kHeadroom / 2);
+        value.row = weight * exp2f(center - half - kHeadroom / 2);
+      }
+      value.row_ratio = value.row * exp2f((lse - rows.lse_student[first + token]) * kLog2E);
     }
     p.token_values[first_value + token] = value;
   }
   if (part != 0) return;
   if (threadIdx.x == 0) {
     p.wide_heads[problem] = fits(head, scale) ? 0 : 1;
+    if (p.plain_heads != nullptr) p.plain_heads[problem] = plain ? 1 : 0;
     if (place.problem == 0) rows.redo[0] = 0;
   }
   const int blocks = blocks_of_head(tokens);

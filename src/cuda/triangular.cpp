@@ -85,6 +85,12 @@ bool writes_result(const TriangularBackwardParams& params) {
   return params.traversal == Traversal::kRows && runs_on_hopper(params);
 }
 
+/// Floats of a token's sums.
+int64_t sum_dim(const TriangularBackwardParams& params) {
+  if (writes_result(params)) return 0;
+  return runs_on_hopper(params) ? sm90_sum_dim(params.student.dim) : params.student.dim;
+}
+
 /// Whether the kernels of a call serve one relation only: those of Hopper that go row by row.
 bool stands_alone(const TriangularForwardParams& p) {
   return (p.causal || p.traversal == Traversal::kRows) && runs_on_hopper(p);
@@ -172,11 +178,11 @@ constexpr int64_t kFloats = static_cast<int64_t>(sizeof(T) / sizeof(float));
 
 /// Floats that the kernels of a call work on, beside marks.
 int64_t forward_floats(int64_t problems, int64_t tokens) {
-  return problems * ((kFloats<ForwardToken> + kFloats<OwnLogit> + kSums + 1) * tokens + 3) +
+  return problems * ((kFloats<ForwardToken> + kFloats<OwnLogit> + kSums + 1) * tokens + 4) +
          mark_count(problems, tokens);
 }
 int64_t backward_floats(int64_t problems, int64_t tokens, int64_t dim) {
-  return problems * ((dim + kFloats<BackwardToken>)*tokens + 1);
+  return problems * ((dim + kFloats<BackwardToken>)*tokens + 2);
 }
 
 }  // namespace
@@ -224,6 +230,9 @@ void run_group(const Group<TriangularForwardParams>& group,
   finish.row_counts = prepare.row_counts = arena.take<int>(problems);
   params.centers = finish.centers = prepare.centers = arena.take<float>(problems);
   params.wide_heads = finish.wide_heads = prepare.wide_heads = arena.take<int>(problems);
+  if (runs_on_hopper(params) && !stands_alone(params)) {
+    params.plain_heads = prepare.plain_heads = arena.take<int>(problems);
+  }
   prepare.largest = arena.take<int>(mark_count(problems, tokens));
   for (size_t r = 0; r < count; ++r) {
     const RowTensors& to = relations[group.places[r]].to;
@@ -254,7 +263,7 @@ void run_group(const Group<TriangularBackwardParams>& group,
   const int64_t tokens = group.tokens();
   const int64_t problems = group.problems();
   TriangularBackwardParams params = group.params;
-  const int64_t dim = writes_result(params) ? 0 : params.student.dim;  // of sums
+  const int64_t dim = sum_dim(params);
   const int64_t elements = problems * tokens * dim;
   Arena arena(at::empty({backward_floats(problems, tokens, dim)}, floats(device)));
   PrepareBackwardParams prepare{};
@@ -264,11 +273,15 @@ void run_group(const Group<TriangularBackwardParams>& group,
   finish.type = params.student.type;
   finish.tokens = params.tokens;
   finish.dim = params.student.dim;
+  finish.sum_dim = narrow(dim);
   finish.output_scale = first.output_scale;
   params.gradient = prepare.gradient = arena.take<float>(elements);
   finish.sums = params.gradient;
   params.token_values = prepare.token_values = arena.take<BackwardToken>(problems * tokens);
   params.wide_heads = finish.wide_heads = prepare.wide_heads = arena.take<int>(problems);
+  if (runs_on_hopper(params) && !stands_alone(params)) {
+    params.plain_heads = prepare.plain_heads = arena.take<int>(problems);
+  }
   prepare.gradient_floats = elements;
   params.result = first.gradient.mutable_data_ptr();
   params.output_scale = first.output_scale;
@@ -324,8 +337,7 @@ TriangularWorkspace triangular_workspace(const Problem& problem) {
     bytes.forward = forward_floats(problems, tokens) * 4 + kRounding;
   }
   if (const auto backward = backward_params_of(problem)) {
-    const int64_t dim = writes_result(*backward) ? 0 : problem.student_rows.size(3);
-    bytes.backward = (backward_floats(problems, tokens, dim) + problems * tokens) * 4 + kRounding;
+    bytes.backward = (backward_floats(problems, tokens, sum_dim(*backward)) + problems * tokens) * 4 + kRounding;
   }
   return bytes;
 }

@@ -134,7 +134,9 @@ class SetsSm90 : public ::testing::TestWithParam<Sets> {
     rows.redo = gradients.query_marks.mutable_data_ptr<int>();
     keys.redo = gradients.key_marks.mutable_data_ptr<int>();
     const at::Tensor values = at::empty({grad_kl.numel(), 4}, at::kFloat);
-    const at::Tensor sums = unwritten(key_.to(at::kFloat));
+    const at::Tensor sums =
+        at::full({key_.size(0) * key_.size(1) * key_.size(2), cuda::sm90_sum_dim(static_cast<int>(key_.size(3)))},
+                 std::numeric_limits<double>::quiet_NaN(), at::kFloat);
     auto* const row_values = reinterpret_cast<cuda::sm90::RowToken*>(values.mutable_data_ptr<float>());
     auto* const key_sums = sums.mutable_data_ptr<float>();
     EXPECT_EQ(cuda::sm90::sum_floats_of(keys), sums.numel());

@@ -7,6 +7,7 @@
 
 #include <emulation/block.h>
 #include <sm90/instantiations.h>
+#include <sm90/launch.h>
 
 #include "kernel_parameters.h"
 #include "reference.h"
@@ -29,6 +30,7 @@ struct Relation {
   at::ScalarType type = at::kBFloat16;
   bool causal = false;
   bool rows = false;         ///< row by row, else every pair once
+  bool plain = false;        ///< heads without biases that depend on the token
   double noise = 0.05;       ///< student = teacher + noise
   int multiprocessors = 1;   ///< more than there are walks: walks are cut
   bool token_major = false;  ///< [B, N, H, D] in memory
@@ -37,7 +39,7 @@ struct Relation {
 
 std::ostream& operator<<(std::ostream& out, const Relation& r) {
   return out << r.batch << "x" << r.heads << "x" << r.tokens << "x" << r.dim << " " << r.type << " causal=" << r.causal
-             << " rows=" << r.rows << " noise=" << r.noise << " SMs=" << r.multiprocessors
+             << " rows=" << r.rows << " plain=" << r.plain << " noise=" << r.noise << " SMs=" << r.multiprocessors
              << " token_major=" << r.token_major;
 }
 
@@ -138,14 +140,18 @@ TEST_P(TriangularSm90, Forward) {
   const Problem p = problem_of(r);
   const at::Tensor own = p.t.diagonal(0, 1, 2);
   const at::Tensor center = (own.amax(1, true) + own.amin(1, true)) / 4;
-  const at::Tensor values =
-      at::stack({own / 2 - cuda::kHeadroom / 2, at::exp2(own / 2 - center)}, 2).to(at::kFloat).contiguous();
+  const at::Tensor values = (r.plain ? at::stack({at::zeros_like(own), at::ones_like(own)}, 2)
+                                     : at::stack({own / 2 - cuda::kHeadroom / 2, at::exp2(own / 2 - center)}, 2))
+                                .to(at::kFloat)
+                                .contiguous();
+  const at::Tensor plain = at::full({r.batch * r.heads}, r.plain ? 1 : 0, at::kInt);
   const at::Tensor wide = at::zeros({r.batch * r.heads}, at::kInt);
   const at::Tensor sums = at::zeros({r.batch * r.heads, cuda::kSums, r.tokens}, at::kFloat);
   auto params = params_of<cuda::TriangularForwardParams>(r, p, wide);
   params.token_values = reinterpret_cast<const ForwardToken*>(values.const_data_ptr<float>());
   const at::Tensor centers = center.to(at::kFloat);
   params.centers = centers.const_data_ptr<float>();
+  params.plain_heads = plain.const_data_ptr<int>();
   params.sums = sums.mutable_data_ptr<float>();
   const at::Tensor own_logits = at::full({r.batch * r.heads, r.tokens, 2}, NAN, at::kFloat);
   params.own = reinterpret_cast<cuda::OwnLogit*>(own_logits.mutable_data_ptr<float>());
@@ -178,26 +184,30 @@ TEST_P(TriangularSm90, Backward) {
   const at::Tensor student = at::log2((at::exp2(p.t + p.x) * pairs).sum(2));
   const at::Tensor center = (teacher.amax(1, true) + teacher.amin(1, true)) / 4;
   const at::Tensor upstream = gaussian(1, 1, r.batch * r.heads, r.tokens, 3)[0][0];
-  const at::Tensor row = upstream * at::exp2(center - teacher / 2 - cuda::kHeadroom / 2);
+  const at::Tensor reference = (teacher.amax(1, true) - cuda::kPlainHighest).expand_as(teacher);
+  const at::Tensor bias = r.plain ? reference / 2 : teacher / 2 - cuda::kHeadroom / 2;
+  const at::Tensor key = r.plain ? at::ones_like(teacher) : at::exp2(teacher / 2 - center - cuda::kHeadroom / 2);
+  const at::Tensor row =
+      upstream * at::exp2(r.plain ? reference - teacher : center - teacher / 2 - cuda::kHeadroom / 2);
   const at::Tensor values =
-      at::stack({teacher / 2 - cuda::kHeadroom / 2, at::exp2(teacher / 2 - center - cuda::kHeadroom / 2), row,
-                 row * at::exp2(teacher - student)},
-                2)
-          .to(at::kFloat)
-          .contiguous();
+      at::stack({bias, key, row, row * at::exp2(teacher - student)}, 2).to(at::kFloat).contiguous();
+  const at::Tensor plain = at::full({r.batch * r.heads}, r.plain ? 1 : 0, at::kInt);
   const at::Tensor wide = at::zeros({r.batch * r.heads}, at::kInt);
-  at::Tensor gradient = at::zeros({r.batch * r.heads, r.tokens, r.dim}, at::kFloat);
-  const at::Tensor result = at::full(gradient.sizes(), NAN, r.type);
+  const at::Tensor sums =
+      at::zeros({r.batch * r.heads, r.tokens, cuda::sm90_sum_dim(static_cast<int>(r.dim))}, at::kFloat);
+  const at::Tensor result = at::full({r.batch * r.heads, r.tokens, r.dim}, NAN, r.type);
   const at::Tensor marks = testing::clear_marks(r.batch * r.heads, r.tokens);
   auto params = params_of<cuda::TriangularBackwardParams>(r, p, wide);
   params.token_values = reinterpret_cast<const BackwardToken*>(values.const_data_ptr<float>());
-  params.gradient = gradient.mutable_data_ptr<float>();
+  params.gradient = sums.mutable_data_ptr<float>();
+  params.plain_heads = plain.const_data_ptr<int>();
   params.result = result.mutable_data_ptr();
   params.output_scale = 1;
   params.redo = marks.mutable_data_ptr<int>();
   ASSERT_EQ(launch(r, params), cudaSuccess);
   // Row by row the result is written, in its own type.
-  if (r.rows) gradient = result;
+  const at::Tensor gradient = r.rows ? result : sums.narrow(2, 0, r.dim);
+  EXPECT_EQ(sums.slice(2, r.dim).abs().sum().item<double>(), 0);
   EXPECT_EQ(marks.sum().item<int64_t>(), 0);
 
   // G_ij = upstream_i (Q_ij - P_ij), straight from its definition.
@@ -231,6 +241,12 @@ INSTANTIATE_TEST_SUITE_P(
         Relation{.heads = 1, .tokens = 400, .dim = 128, .multiprocessors = 132, .schedule = 4},
         Relation{.heads = 1, .tokens = 300, .dim = 72, .type = kHalf, .causal = true, .schedule = 5},
         Relation{.heads = 1, .tokens = 150, .dim = 256, .noise = 0.2, .schedule = 6},
+        Relation{.tokens = 330, .dim = 64, .plain = true},
+        Relation{.heads = 3, .tokens = 400, .dim = 64, .type = kHalf, .plain = true, .noise = 0.5, .schedule = 13},
+        Relation{.batch = 2, .tokens = 257, .dim = 96, .plain = true, .multiprocessors = 64, .schedule = 14},
+        Relation{.heads = 1, .tokens = 300, .dim = 128, .causal = true, .plain = true, .noise = 0.5},
+        Relation{.heads = 1, .tokens = 384, .dim = 128, .type = kHalf, .causal = true, .plain = true},
+        Relation{.heads = 1, .tokens = 300, .dim = 256, .plain = true, .schedule = 15},
         Relation{.heads = 1, .tokens = 1, .rows = true},
         Relation{.batch = 2, .heads = 3, .tokens = 200, .dim = 40, .rows = true, .token_major = true},
         Relation{.tokens = 330, .dim = 64, .type = kHalf, .causal = true, .rows = true, .schedule = 7},
@@ -257,7 +273,7 @@ void expect_wide_heads_left_alone(const Relation& r) {
   EXPECT_NE(sums[0].abs().sum().item<float>(), 0);
   EXPECT_EQ(sums[1].abs().sum().item<float>(), 0);
 
-  const at::Tensor gradient = at::zeros({r.heads, r.tokens, r.dim}, at::kFloat);
+  const at::Tensor gradient = at::zeros({r.heads, r.tokens, cuda::sm90_sum_dim(static_cast<int>(r.dim))}, at::kFloat);
   auto backward = params_of<cuda::TriangularBackwardParams>(r, p, wide);
   backward.token_values = reinterpret_cast<const BackwardToken*>(values.const_data_ptr<float>());
   backward.gradient = gradient.mutable_data_ptr<float>();

@@ -8,6 +8,7 @@
 
 #include <instantiations/declarations.h>
 #include <sm90/instantiations.h>
+#include <sm90/launch.h>
 #include <triangular/instantiations.h>
 #include <triangular/launch.h>
 
@@ -88,6 +89,10 @@ std::vector<Rows> run_forward(const std::vector<KernelProblem>& relations, Trave
   params.centers = finish.centers = prepare.centers;
   prepare.wide_heads = wide_heads.mutable_data_ptr<int>();
   params.wide_heads = finish.wide_heads = prepare.wide_heads;
+  const at::Tensor plain_heads = ints({problems});
+  if (kernels == Kernels::kHopper && !params.causal && traversal == Traversal::kTriangular) {
+    params.plain_heads = prepare.plain_heads = plain_heads.mutable_data_ptr<int>();
+  }
   params.sums = prepare.sums = sums.mutable_data_ptr<float>();
   finish.sums = params.sums;
   finish.row_counts = prepare.row_counts = counts.mutable_data_ptr<int>();
@@ -141,7 +146,9 @@ std::vector<Gradient> run_backward(const std::vector<KernelProblem>& relations,
   const int64_t tokens = params.tokens;
   const at::Tensor token_values = at::full({problems, 4 * tokens}, NAN, at::kFloat);
   const at::Tensor wide_heads = at::full({problems}, -1, at::kInt);
-  const at::Tensor sums = at::full({problems, tokens, params.student.dim}, NAN, at::kFloat);
+  const int dim = params.student.dim;
+  const int sum_dim = kernels == Kernels::kHopper ? cuda::sm90_sum_dim(dim) : dim;
+  const at::Tensor sums = at::full({problems, tokens, sum_dim}, NAN, at::kFloat);
   cuda::PrepareBackwardParams prepare{};
   cuda::FinishBackwardParams finish{};
   prepare.group = finish.group = params.group;
@@ -150,12 +157,17 @@ std::vector<Gradient> run_backward(const std::vector<KernelProblem>& relations,
   params.token_values = prepare.token_values;
   prepare.wide_heads = wide_heads.mutable_data_ptr<int>();
   params.wide_heads = finish.wide_heads = prepare.wide_heads;
+  const at::Tensor plain_heads = at::full({problems}, -1, at::kInt);
+  if (kernels == Kernels::kHopper && traversal == Traversal::kTriangular) {
+    params.plain_heads = prepare.plain_heads = plain_heads.mutable_data_ptr<int>();
+  }
   params.gradient = prepare.gradient = sums.mutable_data_ptr<float>();
   prepare.gradient_floats = sums.numel();
   finish.sums = params.gradient;
   finish.type = params.student.type;
   finish.tokens = params.tokens;
-  finish.dim = params.student.dim;
+  finish.dim = dim;
+  finish.sum_dim = sum_dim;
   finish.output_scale = relations[0].scale_student();
   std::vector<Gradient> gradients;
   std::vector<at::Tensor> marks, row_grads, largest;
