@@ -6,28 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from linearard.capture import decoder_of, enable_capture, few_logits, transformers_model
 from linearard.errors import UserError
 from linearard.linear_cross_entropy import IGNORED, linear_cross_entropy
-from linearard.stage_trainer import StageTrainer
+from linearard.stage_trainer import LONG_TEXT_ATTENTION, StageTrainer
 from linearard.teacher import make_trainable
 from linearard.training_config import CPTConfig
 
 # Heads that do more than a matrix product, by the name of the setting in a model's configuration.
 _OTHER_HEADS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": None}
-
-
-# On long sequences attention is most of a step, and cuDNN's is the fastest where it can run.
-_ATTENTION = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 class CPTTrainer(StageTrainer):
@@ -40,6 +30,7 @@ class CPTTrainer(StageTrainer):
     """
 
     args: CPTConfig
+    attention = LONG_TEXT_ATTENTION
 
     def __init__(self, model: PreTrainedModel, args: CPTConfig, **kwargs: Any) -> None:
         check_head(model)
@@ -49,11 +40,6 @@ class CPTTrainer(StageTrainer):
                 enable_capture(model)
         student = make_trainable(model, args)
         super().__init__(model=student, args=args, **kwargs)
-
-    def train(self, *arguments: Any, **keywords: Any) -> Any:
-        """As in StageTrainer, with the fastest attention of torch."""
-        with sdpa_kernel(_ATTENTION, set_priority=True):
-            return super().train(*arguments, **keywords)
 
     def item_count(self, batch: Mapping[str, Any]) -> Tensor:
         """The number of predicted tokens."""

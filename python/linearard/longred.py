@@ -14,7 +14,7 @@ from linearard.cpt import check_head, last_hidden_states, next_token_loss, next_
 from linearard.errors import UserError
 from linearard.linear_cross_entropy import IGNORED
 from linearard.rope import context_of
-from linearard.stage_trainer import StageTrainer
+from linearard.stage_trainer import LONG_TEXT_ATTENTION, StageTrainer
 from linearard.teacher import make_student
 from linearard.training_config import LongREDConfig
 
@@ -82,6 +82,7 @@ class LongREDTrainer(StageTrainer):
     """
 
     args: LongREDConfig
+    attention = LONG_TEXT_ATTENTION
 
     def __init__(self, model: PreTrainedModel, args: LongREDConfig, scaling: str, **kwargs: Any) -> None:
         if args.world_size > 1:

@@ -6,13 +6,14 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -22,6 +23,14 @@ from linearard.precision import frozen_weights_in, inputs_cast_once
 from linearard.rope import frequencies_are_fixed
 from linearard.step_graphs import StepGraphs
 from linearard.training_config import StageConfig
+
+# On long sequences attention is most of a step, and cuDNN's is the fastest where it can run.
+LONG_TEXT_ATTENTION = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
 
 
 class StageTrainer(Trainer):
@@ -35,6 +44,7 @@ class StageTrainer(Trainer):
     """
 
     args: StageConfig
+    attention: Sequence[SDPBackend] = ()  # torch's, the first that can run is taken; none: in torch's own order
 
     def __init__(self, model: nn.Module, args: StageConfig, **kwargs: Any) -> None:
         config = transformers_model(model).config
@@ -146,6 +156,8 @@ class StageTrainer(Trainer):
                 for module in self.frozen_modules():
                     stack.enter_context(frozen_weights_in(module, torch.bfloat16))
                 stack.enter_context(inputs_cast_once(self.attention_modules()))
+            if self.attention:
+                stack.enter_context(sdpa_kernel(list(self.attention), set_priority=True))
             stack.enter_context(self.graphed())
             result = super().train(*arguments, **keywords)
         self._check_weights()
