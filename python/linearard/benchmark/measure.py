@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -51,28 +53,34 @@ def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, noise: float 
     return (teacher + noise * other).to(dtype).requires_grad_(), teacher.to(dtype)
 
 
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """One run: between two events on the current stream on CUDA, by the clock elsewhere."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    work()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) * 1e-3
-
-
 def repeated(work: Callable[[], object], device: torch.device, min_seconds: float) -> list[float]:
-    """Seconds of each run after a warm-up: at least 3, until they add up to min_seconds or there are enough."""
+    """Seconds of each run after a warm-up: at least 3, until they add up to min_seconds or there are enough.
+
+    On CUDA the runs follow each other as the steps of a training do, between events on the current stream: the host is
+    waited for where its launches take longer than their kernels, and not at the beginning of every run.
+    """
     for _ in range(WARM_UP):
         work()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < min_seconds and len(times) < MOST_ITERATIONS):
-        times.append(seconds_of(work, device))
-    return times
+    if device.type != "cuda":
+        times: list[float] = []
+        while len(times) < 3 or (sum(times) < min_seconds and len(times) < MOST_ITERATIONS):
+            begin = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - begin)
+        return times
+    expected = _seconds_between(work, 1)[0]
+    return _seconds_between(work, max(3, min(MOST_ITERATIONS, math.ceil(min_seconds / max(expected, 1e-6)))))
+
+
+def _seconds_between(work: Callable[[], object], runs: int) -> list[float]:
+    """Seconds between the ends of `runs` runs on the current stream."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
+    events[0].record()
+    for event in events[1:]:
+        work()
+        event.record()
+    events[-1].synchronize()
+    return [1e-3 * begin.elapsed_time(end) for begin, end in itertools.pairwise(events)]
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, min_seconds: float) -> tuple[str, float]:
