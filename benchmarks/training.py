@@ -5,8 +5,8 @@
 
 SETTINGS.yaml is a list of runs: name, scaling (default linear:4), seeds (default [1]), needs (seconds that the run is
 expected to take), scores (default: short, perplexity, long, passkey), lengths of the passkey in units of 1,024 tokens,
-and the stages: ard, longred and cpt, each with settings of the package's ARDConfig, LongREDConfig and CPTConfig. `mix`
-also scores weights between those before and after CPT. `--workers` processes on each GPU take the runs in their order;
+and the stages: ard, longred and cpt, each with settings of the package's ARDConfig, LongREDConfig and CPTConfig; a list
+of settings of cpt is of runs that begin alike, each with its own `name`. `--workers` processes on each GPU take the runs in their order;
 none begins that would not end within --seconds. Every score is one line of --output, written at once.
 
 Scores are quicker to get than those of `linearard evaluate`: last words and choices by log-likelihood in bfloat16
@@ -55,9 +55,6 @@ from linearard.training_config import ARDConfig, CPTConfig, LongREDConfig
 
 # What of the package's defaults the runs change: docs/training.md says why.
 ARD = {
-    "relations": ["value", "attention"],
-    "logits_weight": 1.0,
-    "logits_positions": 4096,
     "sequence_length": 4096,
     "per_device_train_batch_size": 1,
 }
@@ -233,11 +230,11 @@ class Run:
             return
         self.contexts = Contexts(context_of(model), round(context_of(model) * RopeScaling.parse(self.scaling).factor))
         if "ard" in self.settings:
-            settings = ARDConfig(scaling=self.scaling, **self.common("ard", ARD))
+            settings = ARDConfig(scaling=self.scaling, **self.common(self.settings["ard"], ARD))
             trainer = ARDTrainer(model, settings, train_dataset=self.dataset(settings))
             model = self.train(trainer, "ard", emit, self.settings.get("score_ard", True))
         elif "longred" in self.settings:
-            red = LongREDConfig(**self.common("longred", LONGRED))
+            red = LongREDConfig(**self.common(self.settings["longred"], LONGRED))
             model = self.train(
                 LongREDTrainer(model, red, self.scaling, train_dataset=self.dataset(red)), "longred", emit
             )
@@ -247,20 +244,18 @@ class Run:
             if not {"ard", "longred"} & self.settings.keys():
                 emit("untrained", self.score(model))
             return
-        shares = self.settings.get("mix", [])
-        before = {name: value.cpu().clone() for name, value in model.state_dict().items()} if shares else {}
-        disable_capture(model)
-        cpt = CPTConfig(**self.common("cpt", CPT))
-        model = self.train(CPTTrainer(model, cpt, train_dataset=self.dataset(cpt)), "cpt", emit)
-        after = {name: value.clone() for name, value in model.state_dict().items()} if shares else {}
-        for share in shares:
-            model.load_state_dict(
-                {name: torch.lerp(before[name].to(value.device), value, share) for name, value in after.items()}
-            )
-            emit(f"mix {share}", {"tokens": self.tokens, **self.score(model)})
+        begin = {name: value.cpu().clone() for name, value in model.state_dict().items()}
+        tokens = self.tokens
+        for settings in self.settings["cpt"] if isinstance(self.settings["cpt"], list) else [self.settings["cpt"]]:
+            self.tokens = tokens
+            model.load_state_dict(begin)
+            disable_capture(model)
+            cpt = CPTConfig(**self.common(settings, CPT))
+            stage = " ".join(["cpt", settings["name"]] if "name" in settings else ["cpt"])
+            model = self.train(CPTTrainer(model, cpt, train_dataset=self.dataset(cpt)), stage, emit)
 
-    def common(self, stage: str, defaults: dict[str, Any]) -> dict[str, Any]:
-        """The settings of a stage."""
+    def common(self, settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+        """All settings of a stage."""
         on_gpu = self.options.device.type == "cuda"
         return {
             "output_dir": str(self.options.claims / "run"),
@@ -271,7 +266,7 @@ class Run:
             "logging_steps": 16,
             **({"bf16": True} if on_gpu else {"use_cpu": True}),
             **defaults,
-            **self.settings[stage],
+            **{name: value for name, value in settings.items() if name != "name"},
         }
 
     def dataset(self, settings: Any) -> Any:
