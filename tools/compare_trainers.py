@@ -57,7 +57,7 @@ def main() -> int:
 
     directory = arguments.output_dir / "python"
     config = ARDConfig(
-        output_dir=str(directory), relations=arguments.relations, lora_rank=0,
+        output_dir=str(directory), relations=arguments.relations, logits_weight=0.0, lora_rank=0,
         per_device_train_batch_size=arguments.batch, bf16=arguments.bf16, report_to="none", disable_tqdm=True, **shared,
     )  # fmt: skip
     trainer = ARDTrainer(load_model(arguments.model), config, train_dataset=Blocks(blocks))

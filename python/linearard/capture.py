@@ -124,7 +124,10 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def few_logits(model: nn.Module, number: int) -> dict[str, int]:
-    """The keyword that makes `model` compute the logits of the last `number` positions only, where it has one."""
+    """The keyword that makes `model` compute the logits of the last `number` positions only, where it has one.
+
+    0 stands for all positions, as in transformers.
+    """
     parameters = inspect.signature(transformers_model(model).forward).parameters
     return {"logits_to_keep": number} if "logits_to_keep" in parameters else {}
 

@@ -105,17 +105,15 @@ class ARDTrainer(StageTrainer):
             return loss, None, parts
         teacher, teacher_logits = self._teacher_pass(inputs)
         with capturing(self.layers) as capture:
-            # The whole model, for the hooks of distributed data parallel, but next to none of its costly logits.
+            # The whole model, for the hooks of distributed data parallel, but no more of its costly logits than needed.
             outputs = model(**inputs, **few_logits(self.model, self._logits_kept), use_cache=False)
         loss, parts = self.relations(capture.states, teacher, num_items=num_items, **structure)
         # From here on autograd alone keeps states alive, and the backward pass frees them layer by layer.
         capture.states.clear()
         teacher.clear()
         if teacher_logits is not None:
-            distance = logits_divergence(
-                outputs.logits, teacher_logits, self._logits_kept, structure["key_padding_mask"]
-            )
             mask = structure["key_padding_mask"]
+            distance = logits_divergence(outputs.logits, teacher_logits, self.args.logits_positions, mask)
             tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
             share = distance if num_items is None else distance * (tokens / num_items)
             loss = loss + self.args.logits_weight * share
@@ -124,7 +122,8 @@ class ARDTrainer(StageTrainer):
 
     @property
     def _logits_kept(self) -> int:
-        return self.args.logits_positions if self.args.logits_weight > 0 else 1
+        """Number of last positions whose logits are computed; 0: all, as in transformers."""
+        return (self.args.logits_positions or 0) if self.args.logits_weight > 0 else 1
 
     def _teacher_pass(self, inputs: dict[str, Any]) -> tuple[dict[int, LayerStates], Tensor | None]:
         if self.args.logits_weight == 0:
@@ -134,12 +133,15 @@ class ARDTrainer(StageTrainer):
         return capture.states, outputs.logits
 
 
-def logits_divergence(student: Tensor, teacher: Tensor, positions: int, padding_mask: Tensor | None) -> Tensor:
+def logits_divergence(student: Tensor, teacher: Tensor, positions: int | None, padding_mask: Tensor | None) -> Tensor:
     """Mean KL(teacher || student) in nats of next-token distributions at the last `positions` of each sequence.
 
-    student, teacher: logits [B, N, V]; padding_mask: [B, M] bool, M >= N, True at real tokens: padding does not count.
+    student, teacher: logits [B, N, V]; positions: None takes all; padding_mask: [B, M] bool, M >= N, True at real
+    tokens: padding does not count.
     """
-    student, teacher = student[:, -positions:].float(), teacher[:, -positions:].float()
+    if positions is not None:
+        student, teacher = student[:, -positions:], teacher[:, -positions:]
+    student, teacher = student.float(), teacher.float()
     rows = kl_div(log_softmax(student, -1), log_softmax(teacher, -1), reduction="none", log_target=True).sum(-1)
     if padding_mask is None:
         return rows.mean()
@@ -150,7 +152,7 @@ def logits_divergence(student: Tensor, teacher: Tensor, positions: int, padding_
 def _train_only_what_gets_gradients(
     model: nn.Module, layers: frozenset[int], loss: ARDLoss, local: LocalGradients | None
 ) -> list[nn.Module]:
-    """Freeze parameters that the loss does not reach, such as the last layer's output projection and MLP.
+    """Freeze parameters that no relation reaches, such as the last layer's output projection and MLP.
 
     Distributed data parallel would wait for their gradients, and weight decay would change them for nothing. Returns
     the attention modules that were captured.

@@ -114,7 +114,8 @@ class ARDConfig(EvaluationConfig, StageConfig):
         None, "Context in tokens that the model was trained with, where its configuration does not tell it."
     )
     relations: list[str] = _option(
-        ["query", "key", "value"], "Relations to align, each name or name:weight: query, key, value, attention."
+        ["value", "attention"],
+        "Relations to align, each name or name:weight: query, key, value (the paper's three), attention.",
     )
     layers: list[int] | None = _option(None, "Indices of the layers to align. Default: all.")
     layer_weights: list[float] | None = _option(
@@ -131,10 +132,12 @@ class ARDConfig(EvaluationConfig, StageConfig):
     gradients: str = _option(
         "full",
         "full: through the model below a layer; local: every layer learns from the teacher's hidden states alone, "
-        "without a backward pass through other layers.",
+        "without a backward pass through other layers (needs logits_weight 0).",
     )
-    logits_weight: float = _option(0.0, "Weight of KL(teacher || student) between the logits (the paper's is 0).")
-    logits_positions: int = _option(512, "That many last positions of each sequence are compared (the paper's).")
+    logits_weight: float = _option(1.0, "Weight of KL(teacher || student) between the logits (the paper's is 0).")
+    logits_positions: int | None = _option(
+        None, "Compare the logits of that many last positions of each sequence (the paper's: 512). Default: all."
+    )
     model_dtype: str = _option("float32", "Dtype of loaded weights: float32 or bfloat16. Trained weights are float32.")
     random_weights: bool = _option(
         False, "Random weights and data: measures time and memory of a recipe without model or text."

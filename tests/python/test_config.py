@@ -57,6 +57,13 @@ def test_cuda_section_applies_on_a_gpu_only(tmp_path: Path) -> None:
     assert run_settings([*chosen, "--use_cpu"], gpu=True)["max_steps"] == 7
 
 
+def test_all_logits_are_compared_unless_a_recipe_says_how_many(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, {"logits_positions": 8, "cuda": {"logits_positions": None}})
+    assert make_config([]).logits_positions is None
+    assert make_config(["--recipe", recipe]).logits_positions == 8
+    assert "logits_positions" not in run_settings(["--recipe", recipe], gpu=True), "null is the default"
+
+
 def test_saved_settings_are_a_recipe(tmp_path: Path) -> None:
     given = ["--max_steps", "3", "--relations", "key", "--lr_scheduler_type", "linear", "--bf16", "false"]
     recipe = make_recipe(given)
@@ -108,6 +115,8 @@ def test_bad_recipes(content: dict[str, Any] | str, reason: str, tmp_path: Path)
         (["--recipe", "nothing"], "no recipe 'nothing'"),
         (["--scaling", "linear:1"], "does not extend"),
         (["--relations", "qq"], "unknown relation 'qq'"),
+        (["--logits_positions", "0"], "logits_positions must be at least 1"),
+        (["--logits_positions", "few"], "invalid int value: 'few'"),
         (["--divergence", "kl"], "unknown divergence"),
         (["--lora_rank", "-1"], "must not be negative"),
         (["--trainable", "all"], "lora_rank to 0"),

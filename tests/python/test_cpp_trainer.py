@@ -89,8 +89,8 @@ def test_loss_curve_is_that_of_the_python_trainer(
     )  # fmt: skip
     config = ARDConfig(
         output_dir=str(tmp_path / "python"), scaling=scaling, relations=relations, causal=causal, lora_rank=0,
-        per_device_train_batch_size=4, max_steps=steps, learning_rate=3e-3, seed=7, max_grad_norm=0.5,
-        weight_decay=0.1, warmup_steps=4, use_cpu=True, report_to="none", disable_tqdm=True,
+        logits_weight=0.0, per_device_train_batch_size=4, max_steps=steps, learning_rate=3e-3, seed=7,
+        max_grad_norm=0.5, weight_decay=0.1, warmup_steps=4, use_cpu=True, report_to="none", disable_tqdm=True,
     )  # fmt: skip
     trainer = ARDTrainer(load_model(str(model)), config, train_dataset=Blocks(random_ids(10, LENGTH, seed=3)))
     trainer.train()

@@ -14,13 +14,15 @@ from linearard.capture import capture_states, capturing
 from linearard.errors import UserError
 
 FOUR = ["query", "key:2", "value", "attention"]
+# Local gradients know no logits.
+LOCAL: dict[str, Any] = {"gradients": "local", "logits_weight": 0.0}
 
 
 @pytest.mark.parametrize("lora_rank", [4, 0], ids=["lora", "projections"])
 def test_the_first_layer_learns_as_in_the_whole_model(lora_rank: int, tmp_path: Path) -> None:
     # Below its attention there are only the embeddings, which teacher and student share.
     batch = [{"input_ids": random_ids(2, 24)}]
-    settings: dict[str, Any] = {"layers": [0], "relations": FOUR, "lora_rank": lora_rank}
+    settings: dict[str, Any] = {"layers": [0], "relations": FOUR, "lora_rank": lora_rank, "logits_weight": 0.0}
     full = gradients(make_trainer(tmp_path, **settings), batch)
     assert_same(full, gradients(make_trainer(tmp_path, gradients="local", **settings), batch))
 
@@ -29,7 +31,7 @@ def test_each_layer_is_compared_on_the_teachers_hidden_states(tmp_path: Path) ->
     ids = random_ids(2, 24)
     mask = torch.ones_like(ids)
     mask[1, 20:] = 0
-    trainer = make_trainer(tmp_path, relations=FOUR, gradients="local", lora_rank=0, layer_weights=[1.0, 2.0, 5.0])
+    trainer = make_trainer(tmp_path, relations=FOUR, lora_rank=0, layer_weights=[1.0, 2.0, 5.0], **LOCAL)
     found = gradients(trainer, [{"input_ids": ids, "attention_mask": mask}])
 
     # The same by hand: the inputs of the teacher's layers through the student's attention modules.
@@ -57,9 +59,8 @@ def test_each_layer_is_compared_on_the_teachers_hidden_states(tmp_path: Path) ->
 
 def test_loss_and_parts_fall(tmp_path: Path) -> None:
     trainer = make_trainer(
-        tmp_path, gradients="local", relations=FOUR, max_steps=30, per_device_train_batch_size=4, learning_rate=2e-2,
-        rows=4,
-    )  # fmt: skip
+        tmp_path, relations=FOUR, max_steps=30, per_device_train_batch_size=4, learning_rate=2e-2, rows=4, **LOCAL
+    )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 30
@@ -72,7 +73,7 @@ def test_loss_and_parts_fall(tmp_path: Path) -> None:
 
 
 def test_only_projections_are_reached(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, gradients="local", lora_rank=0, trainable=["all"], layers=[1])
+    trainer = make_trainer(tmp_path, lora_rank=0, trainable=["all"], layers=[1], **LOCAL)
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trained == {f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv"}
 
@@ -89,7 +90,7 @@ def test_a_model_that_rotates_inside_its_layers_is_refused(tmp_path: Path) -> No
             lambda module, args, keywords: (args, {**keywords, "position_embeddings": None}), with_kwargs=True
         )
     with pytest.raises(UserError, match="set gradients to full"):
-        make_trainer(tmp_path, model, gradients="local")
+        make_trainer(tmp_path, model, **LOCAL)
 
 
 def test_make_llama_is_the_same_every_time() -> None:

@@ -54,6 +54,8 @@ def test_both_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert found["tokens"] == 8 * 4 * 32 + 4 * 96
     assert found["restored"] == found["stages"]["cpt"]["evaluation"] != found["stages"]["ard"]["evaluation"]
     assert set(found["restored"]["relation_kl"]) == {"query", "key", "value", "attention"}
+    parts = {name for name in found["stages"]["ard"]["log"][0] if name.endswith("_kl")}
+    assert parts == {"value_kl", "attention_kl", "logits_kl"}, "the default"
     restored = AutoModelForCausalLM.from_pretrained(output / "model")
     assert restored.config.rope_parameters["rope_type"] == "yarn"
     assert restored.config.max_position_embeddings == 4 * CONTEXT
@@ -154,7 +156,8 @@ def test_settings_of_sections(tmp_path: Path) -> None:
         (["--cpt.max_steps", "0"], "max_steps must be at least 1"),
         (["--temperature", "0"], "temperature must be larger than 0"),
         (["--gradients", "none"], "unknown gradients 'none'"),
-        (["--gradients", "local", "--logits_weight", "1"], "logits need a pass through the whole student"),
+        (["--gradients", "local"], "set logits_weight to 0 or gradients to full"),
+        (["--gradients", "local", "--logits_weight", "0.5"], "logits need a pass through the whole student"),
         (["--layers", "0", "1", "--layer_weights", "1"], "1 layer_weights for 2 layers"),
         (["--layer_weights", "1", "0"], "layer_weights must be larger than 0"),
         (["--architecture", "{"], "architecture is not JSON"),

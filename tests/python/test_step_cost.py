@@ -40,9 +40,9 @@ def count_step(directory: Path, **settings: Any) -> CountStep:
 
 def test_a_step_dispatches_few_operators(tmp_path: Path) -> None:
     # 350 per layer before casts were made once and layers were stacked; local gradients need no backward pass through
-    # the layers.
-    full = count_step(tmp_path / "full").count.calls
-    local = count_step(tmp_path / "local", gradients="local").count.calls
+    # the layers. Without logits, which are no layer's.
+    full = count_step(tmp_path / "full", logits_weight=0.0).count.calls
+    local = count_step(tmp_path / "local", gradients="local", logits_weight=0.0).count.calls
     assert sum(full.values()) / LAYERS < 235
     assert sum(local.values()) / LAYERS < 235
     assert full["aten._to_copy"] / LAYERS < 36
@@ -51,9 +51,13 @@ def test_a_step_dispatches_few_operators(tmp_path: Path) -> None:
     assert full["linearard.attention_kl_forward"] == full["linearard.attention_kl_backward"] == 1
 
 
-@pytest.mark.parametrize("gradients", ["full", "local"])
-def test_a_step_that_is_not_logged_never_waits_for_the_device(gradients: str, tmp_path: Path) -> None:
-    calls = count_step(tmp_path, gradients=gradients).count.calls
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"logits_positions": 8}, {"logits_weight": 0.0}, {"gradients": "local", "logits_weight": 0.0}],
+    ids=["full", "last logits", "without logits", "local"],
+)
+def test_a_step_that_is_not_logged_never_waits_for_the_device(settings: dict[str, Any], tmp_path: Path) -> None:
+    calls = count_step(tmp_path, **settings).count.calls
     assert calls["linearard.layer_relation_kl_forward"] > 0
     waiting = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.item", "aten.equal")
     assert {name: calls[name] for name in waiting if calls[name]} == {}

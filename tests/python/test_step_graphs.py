@@ -49,10 +49,10 @@ def train(stage: str, directory: Path, **settings: Any) -> tuple[list[dict[str, 
 @pytest.mark.parametrize(
     ("stage", "settings"),
     [
-        ("ard", {"relations": ["query", "key", "value", "attention"]}),
+        ("ard", {"relations": ["query", "key", "value", "attention"], "logits_weight": 0.0}),
         ("ard", {"lora_dropout": 0.2, "bf16": True, "logits_weight": 0.5, "logits_positions": 8}),
         ("ard", {"lora_rank": 0, "scaling": "yarn:4", "gradient_accumulation_steps": 2}),
-        ("ard", {"gradients": "local"}),
+        ("ard", {"gradients": "local", "logits_weight": 0.0}),
         ("cpt", {"bf16": True}),
         ("cpt", {"lora_rank": 4, "trainable": ["q_proj"], "gradient_accumulation_steps": 2}),
         ("longred", {}),

@@ -201,10 +201,11 @@ def test_merged_model_is_the_student(tmp_path: Path) -> None:
 
 
 def test_parts_of_the_loss_are_logged(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, relations=["query", "value:3"], gradient_accumulation_steps=2)
+    trainer = make_trainer(tmp_path, relations=["query", "value:3"], logits_weight=0.5, gradient_accumulation_steps=2)
     trainer.train()
     for entry in [entry for entry in trainer.state.log_history if "loss" in entry]:
-        assert entry["query_kl"] + 3 * entry["value_kl"] == pytest.approx(entry["loss"], rel=1e-4)
+        parts = entry["query_kl"] + 3 * entry["value_kl"] + 0.5 * entry["logits_kl"]
+        assert parts == pytest.approx(entry["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def test_logits_are_compared_at_the_last_positions(tmp_path: Path) -> None:
     mask[1, 20:] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
     settings: dict[str, Any] = {"lora_rank": 0, "trainable": ["all"]}
-    plain = make_trainer(tmp_path, **settings)
+    plain = make_trainer(tmp_path, logits_weight=0.0, **settings)
     both = make_trainer(tmp_path, logits_weight=3.0, logits_positions=8, **settings)
     with torch.no_grad():
         difference = both.compute_loss(both.model, dict(batch)) - plain.compute_loss(plain.model, dict(batch))
@@ -280,6 +281,22 @@ def test_logits_are_compared_at_the_last_positions(tmp_path: Path) -> None:
         )
     rows = (log_p.exp() * (log_p - log_q)).sum(-1)[mask[:, -8:].bool()]
     torch.testing.assert_close(difference, 3 * rows.mean(), rtol=1e-3, atol=1e-5)
-    trained = make_trainer(tmp_path / "run", logits_weight=1.0, gradient_accumulation_steps=2)
+    trained = make_trainer(tmp_path / "run", gradient_accumulation_steps=2)
     trained.train()
     assert all(entry["logits_kl"] > 0 for entry in trained.state.log_history if "loss" in entry)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+def test_logits_are_compared_at_all_positions_by_default(padded: bool, tmp_path: Path) -> None:
+    ids = random_ids(2, 24)
+    mask = torch.ones_like(ids)
+    mask[1, 20:] = 0
+    batch = [{"input_ids": ids, "attention_mask": mask} if padded else {"input_ids": ids}]
+    default, length, last = (
+        make_trainer(tmp_path, **settings) for settings in ({}, {"logits_positions": 24}, {"logits_positions": 23})
+    )
+    assert default.args.logits_positions is None
+    with torch.no_grad():
+        losses = [trainer.compute_loss(trainer.model, dict(batch[0])) for trainer in (default, length, last)]
+    assert losses[0] == losses[1] != losses[2]
+    assert_same(gradients(length, batch), gradients(default, batch), relative=0)

@@ -95,7 +95,7 @@ def test_a_share_on_a_gpu_is_that_of_its_kernels() -> None:
 def test_every_value_of_a_recipe_says_where_it_is_from(name: str) -> None:
     text = (RECIPES / f"{name}.yaml").read_text()
     assert "paper" in text
-    for setting in ("scaling", "relations", "learning_rate", "max_steps"):
+    for setting in ("scaling", "relations", "logits_weight", "logits_positions", "learning_rate", "max_steps"):
         line = next(line for line in text.splitlines() if line.startswith(f"{setting}:"))
         before = text.splitlines()[text.splitlines().index(line) - 1]
         assert "#" in line or before.startswith("#"), line
