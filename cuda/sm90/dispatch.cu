@@ -117,7 +117,8 @@ bool sm90_takes(const TriangularForwardParams& p) {
 }
 
 bool sm90_takes(const TriangularBackwardParams& p) {
-  return takes(p, p.traversal == Traversal::kRows ? sm90::kLargestRowsDim : sm90::kLargestBackwardDim);
+  if (p.traversal == Traversal::kRows) return takes(p, sm90::kLargestRowsDim);
+  return p.student.dim % sm90::kFloatLineDims == 0 && takes(p, sm90::kLargestBackwardDim);
 }
 
 cudaError_t launch_triangular_forward_sm90(const TriangularForwardParams& p, cudaStream_t stream) {
@@ -161,7 +162,8 @@ cudaError_t launch_sets_backward_sm90(const BackwardParams& p, void* row_values,
 }
 
 bool sm90_takes_both_sets(const BackwardParams& rows, const BackwardParams& keys) {
-  return sm90_takes_sets(rows) && sm90_takes_sets(keys) && rows.owner_student.dim <= sm90::kLargestBackwardDim;
+  return sm90_takes_sets(rows) && sm90_takes_sets(keys) && rows.owner_student.dim <= sm90::kLargestBackwardDim &&
+         rows.owner_student.dim % sm90::kFloatLineDims == 0;
 }
 
 cudaError_t launch_both_sets_backward_sm90(

@@ -9,14 +9,10 @@
 namespace linearard::cuda {
 
 /// Whether the kernels take a call on the current device: a GPU of compute capability 9.0 that they were compiled for,
-/// no mask, one 16-bit type, one dimension, a multiple of 8 of at most 256 (triangular traversal of the backward: 128),
-/// one scale, and strides of whole pieces of 16 bytes.
+/// no mask, one 16-bit type, one dimension, a multiple of 8 of at most 256 (triangular traversal of the backward: of
+/// 32, at most 128), one scale, and strides of whole pieces of 16 bytes.
 bool sm90_takes(const TriangularForwardParams& params);
 bool sm90_takes(const TriangularBackwardParams& params);
-
-/// Floats of a token's gradient while it is summed, in TriangularBackwardParams::gradient and in key_sums: the copy
-/// engine adds whole lines of 128 bytes. Those beyond the dimension become zeros.
-constexpr int sm90_sum_dim(int dim) { return (dim + 31) / 32 * 32; }
 
 /// Errors of the launch; cudaErrorInvalidValue or cudaErrorNotSupported where the driver refuses a tensor map.
 cudaError_t launch_triangular_forward_sm90(const TriangularForwardParams& params, cudaStream_t stream);
@@ -39,10 +35,11 @@ inline constexpr int kSetsRowBytes = 16;
 /// @param row_values aligned to 16 bytes
 cudaError_t launch_sets_backward_sm90(const BackwardParams& params, void* row_values, cudaStream_t stream);
 
-/// Whether one launch may make the gradients of both sets, of the same call: of a dimension of at most 128.
+/// Whether one launch may make the gradients of both sets, of the same call: of a dimension of at most 128, a multiple
+/// of 32.
 bool sm90_takes_both_sets(const BackwardParams& rows, const BackwardParams& keys);
 /// Each pair once; the keys' gradient depends on the order of additions.
-/// @param row_values aligned to 16 bytes; @param key_sums [B, key heads, keys, sm90_sum_dim(D)] likewise
+/// @param row_values aligned to 16 bytes; @param key_sums [B, key heads, keys, D] likewise
 cudaError_t launch_both_sets_backward_sm90(
     const BackwardParams& rows, const BackwardParams& keys, void* row_values, float* key_sums, cudaStream_t stream);
 

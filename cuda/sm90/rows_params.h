@@ -1,7 +1,6 @@
 #pragma once
 
 #include "../triangular/params.h"
-#include "launch.h"
 #include "rows.h"
 
 // Calls of the dense kernels on two sets as the row-wise kernels take them.
@@ -81,7 +80,7 @@ struct RowTokenParams {
 };
 /// Floats of the sums of the keys' gradient.
 inline int64_t sum_floats_of(const BackwardParams& keys) {
-  return int64_t{keys.batch} * keys.heads * keys.visibility.keys * sm90_sum_dim(keys.owner_student.dim);
+  return int64_t{keys.batch} * keys.heads * keys.visibility.keys * keys.owner_student.dim;
 }
 inline RowTokenParams row_token_params_of(const BackwardParams& p,
                                           RowToken* values,
@@ -107,7 +106,6 @@ inline FinishBackwardParams finish_params_of(const BackwardParams& keys, const f
   finish.group = RelationGroup::of(keys.batch, &keys.heads, 1);
   finish.tokens = keys.visibility.keys;
   finish.dim = keys.owner_student.dim;
-  finish.sum_dim = sm90_sum_dim(finish.dim);
   finish.output_scale = keys.output_scale;
   finish.sums = sums;
   finish.relations[0] = {keys.gradient, keys.largest_grad, keys.redo};

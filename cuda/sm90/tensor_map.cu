@@ -2,7 +2,6 @@
 
 #include <cstdint>
 
-#include "launch.h"
 #include "schedule.cuh"
 
 namespace linearard::cuda::sm90 {
@@ -88,15 +87,15 @@ cudaError_t map_token_values(CUtensorMap& map, const void* values, int heads, in
 }
 
 cudaError_t map_gradient(CUtensorMap& map, const float* gradient, int heads, int tokens, int dim) {
-  const auto sum_dim = static_cast<uint64_t>(sm90_sum_dim(dim));
-  const uint64_t token_bytes = sum_dim * sizeof(float);
-  return encode_tensor_map(
-      map, {gradient,
-            true,
-            {kFloatLineDims, sum_dim / kFloatLineDims, static_cast<uint64_t>(tokens), static_cast<uint64_t>(heads)},
-            {kFloatLineDims * sizeof(float), token_bytes, token_bytes * static_cast<uint64_t>(tokens)},
-            {kFloatLineDims, kChunk / kFloatLineDims, kTileTokens, 1},
-            true});
+  const auto lines = static_cast<uint64_t>(dim / kFloatLineDims);
+  const uint64_t token_bytes = static_cast<uint64_t>(dim) * sizeof(float);
+  return encode_tensor_map(map,
+                           {gradient,
+                            true,
+                            {kFloatLineDims, lines, static_cast<uint64_t>(tokens), static_cast<uint64_t>(heads)},
+                            {kFloatLineDims * sizeof(float), token_bytes, token_bytes * static_cast<uint64_t>(tokens)},
+                            {kFloatLineDims, kChunk / kFloatLineDims, kTileTokens, 1},
+                            true});
 }
 
 }  // namespace linearard::cuda::sm90

@@ -23,8 +23,8 @@ cudaError_t map_token_values(CUtensorMap& map, const void* values, int heads, in
 /// Dimensions of a line of 128 bytes.
 inline constexpr int kFloatLineDims = 32;
 
-/// [heads, tokens, sm90_sum_dim(dim)] of floats, contiguous, as tensors of [heads][tokens][lines of 32 floats], in
-/// boxes of 64 tokens x 2 lines with the 128-byte swizzle. Likewise.
+/// [heads, tokens, dim] of floats, contiguous, `dim` a multiple of kFloatLineDims: as [heads][tokens][lines], in boxes
+/// of 64 tokens x 2 lines with the 128-byte swizzle. Likewise.
 cudaError_t map_gradient(CUtensorMap& map, const float* gradient, int heads, int tokens, int dim);
 
 }  // namespace linearard::cuda::sm90

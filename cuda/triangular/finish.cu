@@ -146,8 +146,7 @@ __global__ void __launch_bounds__(kThreads)
   const int chunks_of_vector = p.dim / kChunk;
   const int64_t chunks = static_cast<int64_t>(p.tokens) * chunks_of_vector;
   const int64_t first = static_cast<int64_t>(static_cast<int>(blockIdx.x) % blocks) * kBlockChunks + threadIdx.x;
-  const auto* from = reinterpret_cast<const float4*>(p.sums) + problem * p.tokens * (p.sum_dim / 4);
-  const int beyond = (p.sum_dim - p.dim) / 4;  // of a token's sums
+  const auto* from = reinterpret_cast<const float4*>(p.sums) + 2 * problem * chunks;
   auto* to = static_cast<uint4*>(result.gradient) + place.problem * chunks;
   const float scale = static_cast<float>(p.output_scale) / half_range_scale(result.largest_grad);
   float4 sums[kChunksOfThread][2];
@@ -155,9 +154,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kChunksOfThread; ++i) {
     const int64_t chunk = first + i * kThreads;
     if (chunk >= chunks) break;
-    const int64_t at = 2 * chunk + (beyond > 0 ? chunk / chunks_of_vector * beyond : 0);
-    sums[i][0] = from[at];
-    sums[i][1] = from[at + 1];
+    sums[i][0] = from[2 * chunk];
+    sums[i][1] = from[2 * chunk + 1];
   }
 #pragma unroll
   for (int i = 0; i < kChunksOfThread; ++i) {

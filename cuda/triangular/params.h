@@ -226,10 +226,9 @@ struct FinishBackwardParams {
   RelationGroup group;
   int tokens;
   int dim;
-  int sum_dim;  ///< multiple of 4
   double output_scale;
   const int* wide_heads;  ///< null: none
-  const float* sums;      ///< [P, N, sum_dim], the first `dim` of each token
+  const float* sums;      ///< [P, N, D]
   VectorGradient relations[kLargestGroup];
 };
 

@@ -43,18 +43,16 @@ bool sets_backward(const Problem& problem, const BackwardParams& params) {
 }
 
 bool takes_both_sets(const Problem& problem, const BackwardParams& rows, const BackwardParams& keys) {
-  // The memory that is promised holds sums in float of as many keys as there are rows.
+  // Sums of the keys in float are within the memory that is promised where the keys are not more than the rows.
   return !problem.relation && !problem.float64() && !problem.deterministic && hopper_is_enabled() &&
-         sm90_takes_both_sets(rows, keys) &&
-         problem.student_keys.size(1) * problem.keys() * sm90_sum_dim(keys.owner_student.dim) <=
-             problem.heads() * problem.rows() * keys.owner_student.dim;
+         problem.student_keys.size(1) * problem.keys() <= problem.heads() * problem.rows() &&
+         sm90_takes_both_sets(rows, keys);
 }
 
 void both_sets_backward(const Problem& problem, const BackwardParams& rows, const BackwardParams& keys) {
   const int64_t row_count = problem.batch() * problem.heads() * problem.rows();
   const int64_t value_floats = row_count * kSetsRowBytes / static_cast<int64_t>(sizeof(float));
-  const at::Tensor& key = problem.student_keys;
-  const int64_t sum_floats = key.size(0) * key.size(1) * key.size(2) * sm90_sum_dim(narrow(key.size(3)));
+  const int64_t sum_floats = problem.student_keys.numel();
   const at::Device device = problem.device();
   const at::Tensor memory =
       at::empty({value_floats + sum_floats}, at::TensorOptions().device(device).dtype(at::kFloat));

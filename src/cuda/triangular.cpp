@@ -70,25 +70,22 @@ std::optional<TriangularForwardParams> forward_params_of(const Problem& problem)
   return std::nullopt;
 }
 
-/// Likewise. Where the gradients of a tile's rows and columns do not fit into registers together, Hopper goes row by
-/// row.
+/// Likewise. Where the gradients of a tile's rows and columns do not fit into registers together, or into whole lines
+/// of the copy engine, Hopper goes row by row.
 std::optional<TriangularBackwardParams> backward_params_of(const Problem& problem) {
-  auto params = params_of<TriangularBackwardParams>(problem);
-  if (triangular::takes(params)) return params;
-  params.traversal = Traversal::kRows;
-  if (runs_on_hopper(params)) return params;
+  const auto params = params_of<TriangularBackwardParams>(problem);
+  const bool taken = triangular::takes(params);
+  if (taken && runs_on_hopper(params)) return params;
+  auto by_rows = params;
+  by_rows.traversal = Traversal::kRows;
+  if (runs_on_hopper(by_rows)) return by_rows;
+  if (taken) return params;
   return std::nullopt;
 }
 
 /// Whether the kernels write the gradient itself, and no sums in float.
 bool writes_result(const TriangularBackwardParams& params) {
   return params.traversal == Traversal::kRows && runs_on_hopper(params);
-}
-
-/// Floats of a token's sums.
-int64_t sum_dim(const TriangularBackwardParams& params) {
-  if (writes_result(params)) return 0;
-  return runs_on_hopper(params) ? sm90_sum_dim(params.student.dim) : params.student.dim;
 }
 
 /// Whether the kernels of a call serve one relation only: those of Hopper that go row by row.
@@ -263,7 +260,7 @@ void run_group(const Group<TriangularBackwardParams>& group,
   const int64_t tokens = group.tokens();
   const int64_t problems = group.problems();
   TriangularBackwardParams params = group.params;
-  const int64_t dim = sum_dim(params);
+  const int64_t dim = writes_result(params) ? 0 : params.student.dim;  // of sums
   const int64_t elements = problems * tokens * dim;
   Arena arena(at::empty({backward_floats(problems, tokens, dim)}, floats(device)));
   PrepareBackwardParams prepare{};
@@ -273,7 +270,6 @@ void run_group(const Group<TriangularBackwardParams>& group,
   finish.type = params.student.type;
   finish.tokens = params.tokens;
   finish.dim = params.student.dim;
-  finish.sum_dim = narrow(dim);
   finish.output_scale = first.output_scale;
   params.gradient = prepare.gradient = arena.take<float>(elements);
   finish.sums = params.gradient;
@@ -337,7 +333,8 @@ TriangularWorkspace triangular_workspace(const Problem& problem) {
     bytes.forward = forward_floats(problems, tokens) * 4 + kRounding;
   }
   if (const auto backward = backward_params_of(problem)) {
-    bytes.backward = (backward_floats(problems, tokens, sum_dim(*backward)) + problems * tokens) * 4 + kRounding;
+    const int64_t dim = writes_result(*backward) ? 0 : problem.student_rows.size(3);
+    bytes.backward = (backward_floats(problems, tokens, dim) + problems * tokens) * 4 + kRounding;
   }
   return bytes;
 }

@@ -134,9 +134,7 @@ class SetsSm90 : public ::testing::TestWithParam<Sets> {
     rows.redo = gradients.query_marks.mutable_data_ptr<int>();
     keys.redo = gradients.key_marks.mutable_data_ptr<int>();
     const at::Tensor values = at::empty({grad_kl.numel(), 4}, at::kFloat);
-    const at::Tensor sums =
-        at::full({key_.size(0) * key_.size(1) * key_.size(2), cuda::sm90_sum_dim(static_cast<int>(key_.size(3)))},
-                 std::numeric_limits<double>::quiet_NaN(), at::kFloat);
+    const at::Tensor sums = unwritten(key_.to(at::kFloat));
     auto* const row_values = reinterpret_cast<cuda::sm90::RowToken*>(values.mutable_data_ptr<float>());
     auto* const key_sums = sums.mutable_data_ptr<float>();
     EXPECT_EQ(cuda::sm90::sum_floats_of(keys), sums.numel());
@@ -193,7 +191,7 @@ TEST_P(SetsSm90, AgreesWithFloat64) {
   EXPECT_LE(relative_error(run_backward(testing::key_gradient_params(problem_, weights, result), key_, weights),
                            exact_key.grad()),
             gradient_promise(s.type));
-  if (s.dim > 128) return;
+  if (s.dim > 128 || s.dim % 32 != 0) return;
   const Gradients both = run_both(weights, result);
   EXPECT_LE(relative_error(both.of_queries, exact_query.grad()), gradient_promise(s.type));
   EXPECT_LE(relative_error(both.of_keys, exact_key.grad()), gradient_promise(s.type));
@@ -218,6 +216,7 @@ INSTANTIATE_TEST_SUITE_P(
         Sets{.batch = 2, .heads = 4, .key_heads = 1, .rows = 130, .keys = 300, .dim = 128},
         Sets{.heads = 4, .key_heads = 1, .rows = 257, .keys = 257, .dim = 128, .causal = true, .schedule = 3},
         Sets{.rows = 129, .keys = 350, .dim = 40, .type = at::kHalf, .noise = 0.5, .schedule = 4},
+        Sets{.heads = 2, .key_heads = 1, .rows = 129, .keys = 200, .dim = 96, .schedule = 11},
         Sets{.rows = 100, .keys = 200, .dim = 128, .type = at::kHalf, .causal = true, .noise = 0.2},
         Sets{.rows = 64, .keys = 400, .grown = 30, .schedule = 5},
         Sets{.rows = 64, .keys = 300, .noise = 0.02, .shift = 4},

@@ -252,7 +252,6 @@ TEST(EmulatedTriangularRows, StepsTakeManyTokens) {
   finish.group = params.group;
   finish.tokens = kTokens;
   finish.dim = 8;
-  finish.sum_dim = 8;
   finish.output_scale = 0.5;
   finish.wide_heads = wide.const_data_ptr<int>();
   finish.sums = gradient.const_data_ptr<float>();

@@ -116,7 +116,7 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{kHopper, at::kBFloat16, {3, 1, 2}, 1, 200, 64},
                       Case{kHopper, at::kBFloat16, {2, 1}, 2, 193, 128, false, false, Traversal::kTriangular, 2},
                       Case{kHopper, at::kHalf, {1, 2, 1}, 1, 257, 128, false, false, Traversal::kTriangular, 3},
-                      Case{kHopper, at::kBFloat16, {1, 3}, 2, 130, 40, true, false, Traversal::kTriangular, 4},
+                      Case{kHopper, at::kBFloat16, {1, 3}, 2, 130, 96, true, false, Traversal::kTriangular, 4},
                       Case{kHopper, at::kBFloat16, {1, 1, 1, 1, 1, 1, 1, 1}, 1, 100, 64}),
     [](const auto& info) { return "Case" + std::to_string(info.index); });
 

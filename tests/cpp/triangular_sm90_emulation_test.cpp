@@ -7,7 +7,6 @@
 
 #include <emulation/block.h>
 #include <sm90/instantiations.h>
-#include <sm90/launch.h>
 
 #include "kernel_parameters.h"
 #include "reference.h"
@@ -177,7 +176,9 @@ TEST_P(TriangularSm90, Forward) {
 /// probabilities to float does.
 TEST_P(TriangularSm90, Backward) {
   const Relation& r = GetParam();
-  if (!r.rows && r.dim > cuda::sm90::kLargestBackwardDim) GTEST_SKIP() << "no kernel of this dimension";
+  if (!r.rows && (r.dim > cuda::sm90::kLargestBackwardDim || r.dim % 32 != 0)) {
+    GTEST_SKIP() << "no kernel of this dimension";
+  }
   const Problem p = problem_of(r);
   const at::Tensor pairs = visible_pairs(r);
   const at::Tensor teacher = at::log2((at::exp2(p.t) * pairs).sum(2));
@@ -193,21 +194,19 @@ TEST_P(TriangularSm90, Backward) {
       at::stack({bias, key, row, row * at::exp2(teacher - student)}, 2).to(at::kFloat).contiguous();
   const at::Tensor plain = at::full({r.batch * r.heads}, r.plain ? 1 : 0, at::kInt);
   const at::Tensor wide = at::zeros({r.batch * r.heads}, at::kInt);
-  const at::Tensor sums =
-      at::zeros({r.batch * r.heads, r.tokens, cuda::sm90_sum_dim(static_cast<int>(r.dim))}, at::kFloat);
-  const at::Tensor result = at::full({r.batch * r.heads, r.tokens, r.dim}, NAN, r.type);
+  at::Tensor gradient = at::zeros({r.batch * r.heads, r.tokens, r.dim}, at::kFloat);
+  const at::Tensor result = at::full(gradient.sizes(), NAN, r.type);
   const at::Tensor marks = testing::clear_marks(r.batch * r.heads, r.tokens);
   auto params = params_of<cuda::TriangularBackwardParams>(r, p, wide);
   params.token_values = reinterpret_cast<const BackwardToken*>(values.const_data_ptr<float>());
-  params.gradient = sums.mutable_data_ptr<float>();
+  params.gradient = gradient.mutable_data_ptr<float>();
   params.plain_heads = plain.const_data_ptr<int>();
   params.result = result.mutable_data_ptr();
   params.output_scale = 1;
   params.redo = marks.mutable_data_ptr<int>();
   ASSERT_EQ(launch(r, params), cudaSuccess);
   // Row by row the result is written, in its own type.
-  const at::Tensor gradient = r.rows ? result : sums.narrow(2, 0, r.dim);
-  EXPECT_EQ(sums.slice(2, r.dim).abs().sum().item<double>(), 0);
+  if (r.rows) gradient = result;
   EXPECT_EQ(marks.sum().item<int64_t>(), 0);
 
   // G_ij = upstream_i (Q_ij - P_ij), straight from its definition.
@@ -235,11 +234,12 @@ INSTANTIATE_TEST_SUITE_P(
         Relation{.tokens = 64},
         Relation{.tokens = 130, .dim = 64, .token_major = true},
         Relation{.heads = 3, .tokens = 400, .dim = 64, .type = kHalf, .noise = 0.5, .schedule = 1},
-        Relation{.batch = 2, .tokens = 200, .dim = 40, .causal = true},
+        Relation{.batch = 2, .tokens = 200, .dim = 32, .causal = true},
+        Relation{.tokens = 200, .dim = 40, .type = kHalf},
         Relation{.tokens = 257, .dim = 128, .type = kHalf, .multiprocessors = 64, .schedule = 2},
         Relation{.batch = 2, .tokens = 193, .dim = 128, .causal = true, .noise = 0.5, .schedule = 3},
         Relation{.heads = 1, .tokens = 400, .dim = 128, .multiprocessors = 132, .schedule = 4},
-        Relation{.heads = 1, .tokens = 300, .dim = 72, .type = kHalf, .causal = true, .schedule = 5},
+        Relation{.heads = 1, .tokens = 300, .dim = 96, .type = kHalf, .causal = true, .schedule = 5},
         Relation{.heads = 1, .tokens = 150, .dim = 256, .noise = 0.2, .schedule = 6},
         Relation{.tokens = 330, .dim = 64, .plain = true},
         Relation{.heads = 3, .tokens = 400, .dim = 64, .type = kHalf, .plain = true, .noise = 0.5, .schedule = 13},
@@ -273,7 +273,7 @@ void expect_wide_heads_left_alone(const Relation& r) {
   EXPECT_NE(sums[0].abs().sum().item<float>(), 0);
   EXPECT_EQ(sums[1].abs().sum().item<float>(), 0);
 
-  const at::Tensor gradient = at::zeros({r.heads, r.tokens, cuda::sm90_sum_dim(static_cast<int>(r.dim))}, at::kFloat);
+  const at::Tensor gradient = at::zeros({r.heads, r.tokens, r.dim}, at::kFloat);
   auto backward = params_of<cuda::TriangularBackwardParams>(r, p, wide);
   backward.token_values = reinterpret_cast<const BackwardToken*>(values.const_data_ptr<float>());
   backward.gradient = gradient.mutable_data_ptr<float>();

@@ -8,7 +8,6 @@
 
 #include <instantiations/declarations.h>
 #include <sm90/instantiations.h>
-#include <sm90/launch.h>
 #include <triangular/instantiations.h>
 #include <triangular/launch.h>
 
@@ -146,9 +145,7 @@ std::vector<Gradient> run_backward(const std::vector<KernelProblem>& relations,
   const int64_t tokens = params.tokens;
   const at::Tensor token_values = at::full({problems, 4 * tokens}, NAN, at::kFloat);
   const at::Tensor wide_heads = at::full({problems}, -1, at::kInt);
-  const int dim = params.student.dim;
-  const int sum_dim = kernels == Kernels::kHopper ? cuda::sm90_sum_dim(dim) : dim;
-  const at::Tensor sums = at::full({problems, tokens, sum_dim}, NAN, at::kFloat);
+  const at::Tensor sums = at::full({problems, tokens, params.student.dim}, NAN, at::kFloat);
   cuda::PrepareBackwardParams prepare{};
   cuda::FinishBackwardParams finish{};
   prepare.group = finish.group = params.group;
@@ -166,8 +163,7 @@ std::vector<Gradient> run_backward(const std::vector<KernelProblem>& relations,
   finish.sums = params.gradient;
   finish.type = params.student.type;
   finish.tokens = params.tokens;
-  finish.dim = dim;
-  finish.sum_dim = sum_dim;
+  finish.dim = params.student.dim;
   finish.output_scale = relations[0].scale_student();
   std::vector<Gradient> gradients;
   std::vector<at::Tensor> marks, row_grads, largest;
