@@ -6,8 +6,9 @@
 SETTINGS.yaml is a list of runs: name, scaling (default linear:4), seeds (default [1]), needs (seconds that the run is
 expected to take), scores (default: short, perplexity, long, passkey), lengths of the passkey in units of 1,024 tokens,
 and the stages: ard, longred and cpt, each with settings of the package's ARDConfig, LongREDConfig and CPTConfig; a list
-of settings of cpt is of runs that begin alike, each with its own `name`. `--workers` processes on each GPU take the runs in their order;
-none begins that would not end within --seconds. Every score is one line of --output, written at once.
+of settings of cpt is of runs that begin alike, each with its own `name`. `--workers` processes on each GPU take the
+runs in their order; none begins that would not end within --seconds. Every score is one line of --output, written at
+once.
 
 Scores are quicker to get than those of `linearard evaluate`: last words and choices by log-likelihood in bfloat16
 without lm-evaluation-harness; passkeys in one pass without generation, by whether each digit is the model's own choice

@@ -73,7 +73,8 @@ def test_repeated_passages_are_earlier_ones_of_the_same_sequence() -> None:
         assert 2 < len(starts) < 64, "passages, not single tokens"
     apart = torch.cat(distances_of_all) / 2048
     assert 0.35 < (apart > 0.75).float().mean() < 0.65, "half of them over three quarters of the sequence"
-    assert (apart > 0.97).any() and (apart < 0.25).any(), "and to both its ends"
+    assert apart.max() > 0.97, "some from its beginning at its end"
+    assert apart.min() < 0.25
 
 
 def test_repeated_passages_depend_on_seed_and_row_alone() -> None:
