@@ -108,7 +108,8 @@ def _sequences(config: StageConfig, tokenizer: PreTrainedTokenizerBase, length: 
     blocks = training_blocks(config.train_files, tokenizer, length, needed).input_ids
     if config.repeated_share == 0:
         return blocks
-    return repeat_passages(blocks, config.repeated_share, config.seed, len(sequence_start(tokenizer)))
+    keep = len(sequence_start(tokenizer))
+    return repeat_passages(blocks, config.repeated_share, config.seed, keep, config.repeated_distances)
 
 
 def _lengths(config: LongREDConfig) -> dict[str, int]:

@@ -31,6 +31,9 @@ class StageConfig(TrainingArguments):
     repeated_share: float = _option(
         0.0, "Share of each training sequence that earlier passages of it take the place of: teaches retrieval."
     )
+    repeated_distances: str = _option(
+        "random", "Where repeated passages come from: random (any earlier place) or far (mostly from far before)."
+    )
     trainable: list[str] = _option(
         ["q_proj", "k_proj", "v_proj"],
         "Names of the modules that are trained; all (with lora_rank 0) trains everything.",
@@ -76,6 +79,8 @@ class StageConfig(TrainingArguments):
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.repeated_share <= 0.9:
             raise UserError(f"repeated_share must lie between 0 and 0.9, got {self.repeated_share}")
+        if self.repeated_distances not in ("random", "far"):
+            raise UserError(f"unknown repeated_distances {self.repeated_distances!r}: write random or far")
         if self.lora_rank < 0:
             raise UserError(f"lora_rank must not be negative, got {self.lora_rank}")
         if self.lora_rank > 0 and self.trainable == ["all"]:
@@ -201,6 +206,7 @@ class CPTConfig(StageConfig):
     """
 
     sequence_length: int = _option(16384, "Tokens of a training sequence, with BOS where the tokenizer adds it.")
+    repeated_distances: str = _option("far", "As above.")
     trainable: list[str] = _option(["all"], "As above.")
     lora_rank: int = _option(0, "As above; 0 trains the weights themselves.")
     learning_rate: float = _option(1e-4, "Peak learning rate of AdamW.")

@@ -123,14 +123,17 @@ def training_blocks(
     return Blocks(blocks)
 
 
-def repeat_passages(input_ids: Tensor, share: float, seed: int, keep: int = 0) -> Tensor:
+def repeat_passages(input_ids: Tensor, share: float, seed: int, keep: int = 0, distances: str = "random") -> Tensor:
     """Copies of the sequences [number, length] in which earlier passages come again in the place of later tokens.
 
-    Passages of 8 to 256 tokens, their lengths log-uniform, come again a share of 1 - u^2 of the sequence later, u
-    uniform: half of them over more than three quarters of it, and some from its very beginning at its very end, which
-    two random places would hardly ever have. Together they have `share` of the sequence's tokens (where two overlap,
-    fewer tokens change). A model that reads them has to find a passage again and copy it, which plain text asks for
-    rarely. Row i depends on `seed` and i alone. keep: that many first tokens (BOS) are neither repeated nor replaced.
+    Passages of 8 to 256 tokens, their lengths log-uniform; together they have `share` of the sequence's tokens (where
+    two overlap, fewer tokens change). A model that reads them has to find a passage again and copy it, which plain text
+    asks for rarely. Row i depends on `seed` and i alone. keep: that many first tokens (BOS) are neither repeated nor
+    replaced.
+    distances: "random" puts each passage at a random place, from a random place before it: 60 % come from less than a
+    quarter of the sequence before, 3 % from more than three quarters. "far": it comes again a share of 1 - u^2 of the
+    sequence later, u uniform: half of them over more than three quarters of it, and some from its very beginning at its
+    very end.
     """
     repeated = input_ids.clone()
     shortest, longest = _REPEATED_TOKENS
@@ -143,9 +146,14 @@ def repeat_passages(input_ids: Tensor, share: float, seed: int, keep: int = 0) -
         left = round(share * length)
         while left >= shortest:
             size = min(round(math.exp(numbers.uniform(math.log(shortest), math.log(longest)))), left)
-            distance = size + round((length - 2 * size) * (1 - numbers.random() ** 2))
-            place = numbers.randint(distance, length - size)
-            row[place : place + size] = row[place - distance : place - distance + size].clone()
+            if distances == "far":
+                distance = size + round((length - 2 * size) * (1 - numbers.random() ** 2))
+                place = numbers.randint(distance, length - size)
+                source = place - distance
+            else:
+                place = numbers.randint(size, length - size)
+                source = numbers.randint(0, place - size)
+            row[place : place + size] = row[source : source + size].clone()
             left -= size
     return repeated
 
