@@ -59,23 +59,23 @@ def test_blocks_do_not_run_over_the_end_of_a_text() -> None:
 
 # Shares of the repeated tokens that come from less than a quarter of the sequence before, and from over three quarters.
 @pytest.mark.parametrize(
-    ("distances", "near", "far"), [("random", (0.45, 0.75), (0, 0.1)), ("far", (0.05, 0.25), (0.35, 0.65))]
+    ("distances", "near", "far"), [("random", (0.4, 0.7), (0, 0.1)), ("far", (0.03, 0.25), (0.35, 0.65))]
 )
 def test_repeated_passages_are_earlier_ones_of_the_same_sequence(
     distances: str, near: tuple[float, float], far: tuple[float, float]
 ) -> None:
-    rows = torch.arange(6 * 2048).reshape(6, 2048)
-    repeated = repeat_passages(rows, 0.25, seed=1, distances=distances)
+    rows = torch.arange(24 * 2048).reshape(24, 2048)
+    repeated = repeat_passages(rows, 0.05, seed=1, distances=distances)
     before = []
     for row, plain in zip(repeated, rows, strict=True):
         changed = row != plain
         # Passages that overlap leave fewer.
-        assert 0.1 < changed.float().mean() <= 0.25
+        assert 0.03 < changed.float().mean() <= 0.05
         before.append(plain[changed] - row[changed])
         assert before[-1].min() >= 8, "no passage overlaps its source"
         assert row.min() == plain.min()
         starts = torch.nonzero(changed[1:] & (row[1:] != row[:-1] + 1)).flatten()
-        assert 2 < len(starts) < 64, "passages, not single tokens"
+        assert 0 < len(starts) < changed.sum() / 4, "passages, not single tokens"
     apart = torch.cat(before) / 2048
     assert near[0] < (apart < 0.25).float().mean() < near[1]
     assert far[0] < (apart > 0.75).float().mean() < far[1]
