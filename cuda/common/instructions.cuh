@@ -38,6 +38,11 @@ __device__ inline int anew(int x) {
   asm volatile("mov.b32 %0, %1;" : "=r"(same) : "r"(x));
   return same;
 }
+__device__ inline uint64_t anew(uint64_t x) {
+  uint64_t same;
+  asm volatile("mov.b64 %0, %1;" : "=l"(same) : "l"(x));
+  return same;
+}
 
 // --- a kernel that begins before the one ahead of it in the stream has ended (see launch_overlapping) ----------------
 

@@ -16,8 +16,8 @@ class Backward<T, kDim, Form>::Consumer {
   __device__ Consumer(const Backward& block, int group)
       : b_(block),
         group_(group),
-        own_(opaque(matrix_descriptor<kOwnerChunk>(block.shared_ + group * kTileTokens * kLineBytes))),
-        ring_(opaque(matrix_descriptor<kOtherChunk>(block.stage_at(0)))) {}
+        own_(anew(matrix_descriptor<kOwnerChunk>(block.shared_ + group * kTileTokens * kLineBytes))),
+        ring_(anew(matrix_descriptor<kOtherChunk>(block.stage_at(0)))) {}
 
   __device__ void run() {
     mbarrier_wait(b_.owners_loaded(), 0);
@@ -73,8 +73,8 @@ class Backward<T, kDim, Form>::Consumer {
  private:
   const Backward& b_;
   const int group_;
-  const uint64_t own_;
-  const uint64_t ring_;
+  const uint64_t own_;                  ///< descriptors of the group's owners
+  const uint64_t ring_;                 ///< and of the first stage, see Forward::Operands
   uint32_t owners_[kRegisterSteps][4];  ///< the teacher's vectors of the group's owners, their first chunks
   float gradient_[kDim / 2];
 

@@ -26,15 +26,6 @@ __device__ uint64_t matrix_descriptor(uint32_t shared) {
   return kLayout | (shared & 0x3ffffu) >> 4;
 }
 
-/// The same value, of whose bits the compiler knows nothing: it would make each step's descriptor from its parts, four
-/// instructions where two additions do.
-__device__ inline uint64_t opaque(uint64_t descriptor) {
-#ifndef LINEARARD_EMULATION
-  asm("mov.b64 %0, %0;" : "+l"(descriptor));
-#endif
-  return descriptor;
-}
-
 /// Operand of a sum over dimensions ("K-major", X_I and X_J in X_I X_J^T): what to add for its step-th 16 of them.
 template <int kChunkBytes>
 __device__ constexpr uint64_t dimension_step(int step) {

@@ -195,7 +195,8 @@ class Forward {
     if (threadIdx.x % 32 == 0) mbarrier_arrive(empty(stage));
   }
 
-  /// Descriptors of the first stage and of the group's owners.
+  /// Descriptors of the first stage and of the group's owners, out of the compiler's sight: it would make each step's
+  /// from its parts, four instructions where two additions do.
   struct Operands {
     uint64_t ring;
     uint64_t student;
@@ -264,9 +265,9 @@ class Forward {
     const uint32_t owners = shared_ + group * kGroupOwners * kLineBytes;
     const auto* columns =
         reinterpret_cast<const ColumnPair*>(memory_ + kOwnerValues) + (group * kGroupOwners + column_of_thread()) / 2;
-    const Operands operands{opaque(matrix_descriptor<kVisitorChunk>(stage_at(0))),
-                            opaque(matrix_descriptor<kOwnerChunk>(owners)),
-                            opaque(matrix_descriptor<kOwnerChunk>(owners + kOwnerTeacher))};
+    const Operands operands{anew(matrix_descriptor<kVisitorChunk>(stage_at(0))),
+                            anew(matrix_descriptor<kOwnerChunk>(owners)),
+                            anew(matrix_descriptor<kOwnerChunk>(owners + kOwnerTeacher))};
     float student[kElements];
     float teacher[kElements];
     Sums owner_sums[kElements / 2];

@@ -22,6 +22,7 @@ inline void store_shared_16(uint32_t shared, uint16_t bits, LINEARARD_CALLER) {
 }
 
 inline int anew(int x) { return x; }
+inline uint64_t anew(uint64_t x) { return x; }
 
 // Kernels run one after the other.
 inline void wait_for_kernels_ahead() {}
