@@ -5,10 +5,9 @@
 
 SETTINGS.yaml is a list of runs: name, scaling (default linear:4), seeds (default [1]), needs (seconds that the run is
 expected to take), scores (default: short, perplexity, long, passkey), lengths of the passkey in units of 1,024 tokens,
-and the stages: ard, longred and cpt, each with settings of the package's ARDConfig, LongREDConfig and CPTConfig; a list
-of settings of cpt is of runs that begin alike, each with its own `name`. `--workers` processes on each GPU take the
-runs in their order; none begins that would not end within --seconds. Every score is one line of --output, written at
-once.
+and the stages: ard, longred and cpt, each with settings of the package's ARDConfig, LongREDConfig and CPTConfig.
+`--workers` processes on each GPU take the runs in their order; none begins that would not end within --seconds. Every
+score is one line of --output, written at once.
 
 Scores are quicker to get than those of `linearard evaluate`: last words and choices by log-likelihood in bfloat16
 without lm-evaluation-harness; passkeys in one pass without generation, by whether each digit is the model's own choice
@@ -55,10 +54,7 @@ from linearard.trainer import ARDTrainer
 from linearard.training_config import ARDConfig, CPTConfig, LongREDConfig
 
 # What of the package's defaults the runs change: docs/training.md says why.
-ARD = {
-    "sequence_length": 4096,
-    "per_device_train_batch_size": 1,
-}
+ARD = {"sequence_length": 4096, "per_device_train_batch_size": 1}
 CPT = {"sequence_length": 32768, "learning_rate": 2e-4, "cuda_graphs": False}
 LONGRED = {"learning_rate": 2e-4, "max_steps": 14, "cuda_graphs": False}
 TASKS = ("arc_easy", "boolq", "openbook_qa", "lambada_openai")
@@ -231,11 +227,11 @@ class Run:
             return
         self.contexts = Contexts(context_of(model), round(context_of(model) * RopeScaling.parse(self.scaling).factor))
         if "ard" in self.settings:
-            settings = ARDConfig(scaling=self.scaling, **self.common(self.settings["ard"], ARD))
+            settings = ARDConfig(scaling=self.scaling, **self.common("ard", ARD))
             trainer = ARDTrainer(model, settings, train_dataset=self.dataset(settings))
-            model = self.train(trainer, "ard", emit, self.settings.get("score_ard", True))
+            model = self.train(trainer, "ard", emit)
         elif "longred" in self.settings:
-            red = LongREDConfig(**self.common(self.settings["longred"], LONGRED))
+            red = LongREDConfig(**self.common("longred", LONGRED))
             model = self.train(
                 LongREDTrainer(model, red, self.scaling, train_dataset=self.dataset(red)), "longred", emit
             )
@@ -245,17 +241,11 @@ class Run:
             if not {"ard", "longred"} & self.settings.keys():
                 emit("untrained", self.score(model))
             return
-        begin = {name: value.cpu().clone() for name, value in model.state_dict().items()}
-        tokens = self.tokens
-        for settings in self.settings["cpt"] if isinstance(self.settings["cpt"], list) else [self.settings["cpt"]]:
-            self.tokens = tokens
-            model.load_state_dict(begin)
-            disable_capture(model)
-            cpt = CPTConfig(**self.common(settings, CPT))
-            stage = " ".join(["cpt", settings["name"]] if "name" in settings else ["cpt"])
-            model = self.train(CPTTrainer(model, cpt, train_dataset=self.dataset(cpt)), stage, emit)
+        disable_capture(model)
+        cpt = CPTConfig(**self.common("cpt", CPT))
+        self.train(CPTTrainer(model, cpt, train_dataset=self.dataset(cpt)), "cpt", emit)
 
-    def common(self, settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    def common(self, stage: str, defaults: dict[str, Any]) -> dict[str, Any]:
         """All settings of a stage."""
         on_gpu = self.options.device.type == "cuda"
         return {
@@ -267,16 +257,14 @@ class Run:
             "logging_steps": 16,
             **({"bf16": True} if on_gpu else {"use_cpu": True}),
             **defaults,
-            **{name: value for name, value in settings.items() if name != "name"},
+            **self.settings[stage],
         }
 
     def dataset(self, settings: Any) -> Any:
         """The training sequences of a stage."""
         return stage_dataset(settings, self.scorer.tokenizer, self.contexts)
 
-    def train(
-        self, trainer: StageTrainer, stage: str, emit: Callable[[str, dict[str, Any]], None], scored: bool = True
-    ) -> PreTrainedModel:
+    def train(self, trainer: StageTrainer, stage: str, emit: Callable[[str, dict[str, Any]], None]) -> PreTrainedModel:
         """The trained model, after its numbers were told."""
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
@@ -295,9 +283,8 @@ class Run:
         peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
         del trainer
         gc.collect()
-        if scored:
-            numbers = {"tokens": self.tokens, "seconds": seconds, "peak": peak, "log": losses[:2] + losses[-2:]}
-            emit(stage, {**numbers, **self.score(model)})
+        numbers = {"tokens": self.tokens, "seconds": seconds, "peak": peak, "log": losses[:2] + losses[-2:]}
+        emit(stage, {**numbers, **self.score(model)})
         return model
 
     def score(self, model: PreTrainedModel) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-import torch
 import yaml
 from tiny_models import save_model, write_text
 
@@ -34,11 +33,10 @@ def test_runs_of_two_seeds_and_their_table(tmp_path: Path, capsys: pytest.Captur
     for name, rows in ROWS.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     ard = {"max_steps": 2, "sequence_length": 32, "lora_rank": 4, "repeated_share": 0.25}
-    cpt = {"max_steps": 2, "sequence_length": 96}
     settings = [
         {"name": "teacher", "teacher": True},
         {"name": "PI x4 untrained"},
-        {"name": "both", "seeds": [1, 2], "ard": ard, "cpt": [cpt, {**cpt, "name": "again"}]},
+        {"name": "both", "seeds": [1, 2], "ard": ard, "cpt": {"max_steps": 2, "sequence_length": 96}},
         {"name": "fails", "cpt": {"max_steps": 1, "sequence_length": 100_000}},
         {"name": "has no time", "needs": 1e9},
     ]
@@ -53,7 +51,7 @@ def test_runs_of_two_seeds_and_their_table(tmp_path: Path, capsys: pytest.Captur
         "--seconds", "1e6", "--claims", str(tmp_path / "claims"))  # fmt: skip
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     stages = [(line["name"], line["seed"], line["stage"]) for line in lines]
-    seeds = [("both", seed, stage) for seed in (1, 2) for stage in ("ard", "cpt", "cpt again")]
+    seeds = [("both", seed, stage) for seed in (1, 2) for stage in ("ard", "cpt")]
     assert stages == [("teacher", 1, "teacher"), ("PI x4 untrained", 1, "untrained"), *seeds]
     assert all(
         line["commit"] == "abc" and 0 <= line["dev4"] <= 1 and line["lam"] > 0 and line["ppl"] > 0 for line in lines
@@ -64,9 +62,6 @@ def test_runs_of_two_seeds_and_their_table(tmp_path: Path, capsys: pytest.Captur
         (trained["lambada"] + trained["arc_easy"] + trained["boolq"] + trained["openbook_qa"]) / 4
     )
     assert trained["boolq"] == 0.5
-    exact = not torch.cuda.is_available()  # there, sums depend on the order of additions
-    for name in ("lam", "ppl"):
-        assert lines[4][name] == pytest.approx(trained[name], rel=0 if exact else 1e-2), "both begin alike"
     capsys.readouterr()
     run("training_report.py", str(output), "--picture", str(tmp_path / "picture.png"))
     rows = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines()}
