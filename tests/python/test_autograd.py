@@ -200,3 +200,29 @@ def test_a_module_used_on_both_sides(device):
     ops.relation_kl(layer(x), layer(x * 0.9).detach()).backward()
     assert torch.isfinite(layer.weight.grad).all()
     assert layer.weight.grad.abs().max() > 0
+
+
+class NoGradient(torch.autograd.Function):
+    """Its input gets no gradient, which is not the same as zeros."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return None
+
+
+@pytest.mark.parametrize("call", ["relation", "relation mean", "attention", "layer"])
+def test_without_an_upstream_gradient_there_is_none(call, device):
+    student, teacher = pair((1, 2, 8, 4), device)
+    student.requires_grad_()
+    losses = {
+        "relation": lambda: ops.relation_kl(student, teacher, reduction="none"),
+        "relation mean": lambda: ops.relation_kl(student, teacher),
+        "attention": lambda: ops.attention_kl(student, student, teacher, teacher, reduction="none"),
+        "layer": lambda: ops.layer_relation_kl([student], [teacher]),
+    }
+    (NoGradient.apply(losses[call]()).sum() + student.sum()).backward()
+    torch.testing.assert_close(student.grad, torch.ones_like(student))
