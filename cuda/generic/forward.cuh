@@ -63,7 +63,8 @@ class Forward {
 
   /// Read again for each tile: registers are scarcer.
   __device__ double difference_ratio() const {
-    return p_.difference_ratios == nullptr ? p_.difference_ratio : p_.difference_ratios[anew(head_of_all_)];
+    return p_.difference_ratios == nullptr ? p_.difference_ratio
+                                           : p_.difference_ratios[anew(static_cast<int>(head_of_all_))];
   }
 
   __device__ void compute(Staged<Real>& staged, int other) {
