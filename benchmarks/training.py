@@ -6,6 +6,7 @@
 SETTINGS.yaml is a list of runs: name, scaling (default linear:4), seeds (default [1]), needs (seconds that the run is
 expected to take), scores (default: short, perplexity, long, passkey), lengths of the passkey in units of 1,024 tokens,
 and the stages: ard, longred and cpt, each with settings of the package's ARDConfig, LongREDConfig and CPTConfig.
+Where max_steps of ard is a list, so is needs, and each is a run, whose name ends in the number of steps.
 `--workers` processes on each GPU take the runs in their order; none begins that would not end within --seconds. Every
 score is one line of --output, written at once.
 
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -293,10 +294,22 @@ class Run:
         return self.scorer(model, names, self.settings.get("lengths", [1, 4, 8, 16, 32]))
 
 
+def read_settings(path: Path) -> Iterator[dict[str, Any]]:
+    """The runs of a file, one for each entry of a list of steps."""
+    for settings in yaml.safe_load(path.read_text(encoding="utf-8")):
+        steps = settings.get("ard", {}).get("max_steps")
+        if not isinstance(steps, list):
+            yield settings
+            continue
+        for count, needs in zip(steps, settings["needs"], strict=True):
+            name, ard = f"{settings['name']}, {count} steps", {**settings["ard"], "max_steps": count}
+            yield {**settings, "name": name, "ard": ard, "needs": needs}
+
+
 def work(options: argparse.Namespace) -> None:
     """Take runs until none is left or there is no time."""
     scorer = Scorer(options, load_tokenizer(options.model))
-    for settings in yaml.safe_load(options.settings.read_text(encoding="utf-8")):
+    for settings in read_settings(options.settings):
         for seed in settings.get("seeds", [1]):
             name = settings["name"]
             if time.time() - options.begin + settings.get("needs", 0) > options.seconds:

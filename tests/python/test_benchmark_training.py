@@ -36,6 +36,7 @@ def test_runs_of_two_seeds_and_their_table(tmp_path: Path, capsys: pytest.Captur
     settings = [
         {"name": "teacher", "teacher": True},
         {"name": "PI x4 untrained"},
+        {"name": "short", "needs": [0, 1e9], "ard": {**ard, "max_steps": [1, 2]}},
         {"name": "both", "seeds": [1, 2], "ard": ard, "cpt": {"max_steps": 2, "sequence_length": 96}},
         {"name": "fails", "cpt": {"max_steps": 1, "sequence_length": 100_000}},
         {"name": "has no time", "needs": 1e9},
@@ -52,11 +53,17 @@ def test_runs_of_two_seeds_and_their_table(tmp_path: Path, capsys: pytest.Captur
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     stages = [(line["name"], line["seed"], line["stage"]) for line in lines]
     seeds = [("both", seed, stage) for seed in (1, 2) for stage in ("ard", "cpt")]
-    assert stages == [("teacher", 1, "teacher"), ("PI x4 untrained", 1, "untrained"), *seeds]
+    assert stages == [
+        ("teacher", 1, "teacher"),
+        ("PI x4 untrained", 1, "untrained"),
+        ("short, 1 steps", 1, "ard"),
+        *seeds,
+    ]
     assert all(
         line["commit"] == "abc" and 0 <= line["dev4"] <= 1 and line["lam"] > 0 and line["ppl"] > 0 for line in lines
     )
-    trained = lines[3]
+    assert lines[2]["tokens"] == 32
+    trained = lines[4]
     assert trained["tokens"] == 2 * 32 + 2 * 96
     assert trained["dev4"] == pytest.approx(
         (trained["lambada"] + trained["arc_easy"] + trained["boolq"] + trained["openbook_qa"]) / 4
