@@ -12,17 +12,20 @@ constexpr int kThreads = 1024;
 constexpr int kAtOnce = 16;                         ///< numbers of a thread in a long list
 constexpr int64_t kAlone = 2 * kThreads * kAtOnce;  ///< up to so many, one block is faster than two launches
 
-/// The sum of the block's threads, in an order that does not change; of use to thread 0 only.
-__device__ double sum_of_block(double x, double* scratch) {
+__device__ double sum_of_warp(double x) {
 #pragma unroll
   for (int lane = 16; lane > 0; lane /= 2)
     x += __shfl_xor_sync(0xffffffffu, x, lane);
+  return x;
+}
+
+/// The sum of the block's threads, in an order that does not change; of use to thread 0 only.
+__device__ double sum_of_block(double x, double* scratch) {
+  static_assert(kThreads == 32 * 32, "a sum for each lane of the first warp");
+  x = sum_of_warp(x);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
   __syncthreads();
-  x = 0;
-  for (int w = 0; w < kThreads / 32; ++w)
-    x += scratch[w];
-  return x;
+  return threadIdx.x < 32 ? sum_of_warp(scratch[threadIdx.x]) : 0;
 }
 
 __device__ double cut(double x, double limit) { return x > limit ? limit : (x < -limit ? -limit : x); }  // NaN stays

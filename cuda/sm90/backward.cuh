@@ -137,8 +137,7 @@ class Backward {
 
   __device__ void run_block(bool is_left_out, bool is_plain) const {
     if (is_left_out) {
-      // The copies that have begun end while their memory is the block's.
-      if (threadIdx.x == 0) mbarrier_wait(owners_loaded(), 0);
+      if (threadIdx.x == 0) await_first_copies();
       return;
     }
     if (threadIdx.x == 0) reinterpret_cast<Plan*>(memory_ + kPlan)->is_plain = is_plain;
@@ -162,7 +161,11 @@ class Backward {
     tma_load_4d(shared, from.map, barrier, chunk * kChunkDims, token, from.head, from.batch);
   }
 
-  /// The block's first steps, by one thread: barriers and owners.
+  __device__ int first_tiles() const { return min(kStages, plan().tiles); }
+  __device__ int token_of_tile(int i) const { return (plan().last_tile - i) * kTileTokens; }
+
+  /// The block's first steps, by one thread: barriers, owners, and vectors of the first tiles, into stages that nobody
+  /// has used.
   __device__ void begin() const {
     constexpr int kWarps = kConsumerThreads / 32;
     const BackwardSources from = Form::sources_of(arguments_, plan().head);
@@ -195,28 +198,45 @@ class Backward {
         load(to, from.own_student, owners_loaded(), chunk, plan().first + token);
       }
     }
+    for (int i = 0; i < first_tiles(); ++i)
+      load_vectors(from, i, token_of_tile(i));
+  }
+
+  /// The copies that have begun end while their memory is the block's.
+  __device__ void await_first_copies() const {
+    mbarrier_wait(owners_loaded(), 0);
+    for (int s = 0; s < first_tiles(); ++s) {
+      load_values(s, token_of_tile(s));
+      mbarrier_wait(full(s), 0);
+    }
   }
 
   __device__ void produce() const {
     const BackwardSources from = Form::sources_of(arguments_, plan().head);
+    for (int i = 0; i < first_tiles(); ++i)
+      load_values(i, token_of_tile(i));
     Position position;
-    for (int i = 0; i < plan().tiles; ++i) {
-      load_tile(from, (plan().last_tile - i) * kTileTokens, position);
+    for (int i = 0; i < kStages; ++i)
       position.advance();
+    for (int i = kStages; i < plan().tiles; ++i, position.advance()) {
+      mbarrier_wait(empty(position.stage), position.parity ^ 1);
+      load_vectors(from, position.stage, token_of_tile(i));
+      load_values(position.stage, token_of_tile(i));
     }
   }
 
-  __device__ void load_tile(const BackwardSources& from, int token, const Position& position) const {
-    const uint32_t stage = stage_at(position.stage);
-    const uint32_t barrier = full(position.stage);
-    mbarrier_wait(empty(position.stage), position.parity ^ 1);
-    mbarrier_arrive_expect(barrier, kStageBytes);
+  /// Of a tile that the stage is empty for; its values have to follow.
+  __device__ void load_vectors(const BackwardSources& from, int stage, int token) const {
+    mbarrier_arrive_expect(full(stage), kStageBytes);
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      load(stage + chunk * kOtherChunk, from.other_student, barrier, chunk, token);
-      load(stage + kStageTeacher + chunk * kOtherChunk, from.other_teacher, barrier, chunk, token);
+      const uint32_t to = stage_at(stage) + chunk * kOtherChunk;
+      load(to, from.other_student, full(stage), chunk, token);
+      load(to + kStageTeacher, from.other_teacher, full(stage), chunk, token);
     }
+  }
+  __device__ void load_values(int stage, int token) const {
     if constexpr (Form::kOtherValues) {
-      tma_load_4d(stage + kStageValues, &arguments_.token_values, barrier, 0, token, plan().head, 0);
+      tma_load_4d(stage_at(stage) + kStageValues, &arguments_.token_values, full(stage), 0, token, plan().head, 0);
     }
   }
 
@@ -234,7 +254,7 @@ class Backward {
   __device__ void send(int group) const {
     int count = 0;
     for (int i = 0; i < plan().tiles; ++i) {
-      if (is_of_group(i, group)) send(group, count++, (plan().last_tile - i) * kTileTokens, kShareTile ? group : 0);
+      if (is_of_group(i, group)) send(group, count++, token_of_tile(i), kShareTile ? group : 0);
     }
     if constexpr (Form::kAddsOwners) {
       for (int chunk = 0; chunk < kChunks; ++chunk)

@@ -83,7 +83,7 @@ template <typename T>
 cudaError_t forward_of(const TriangularForwardParams& p, cudaStream_t stream) {
 #define LINEARARD_TRY(T, kDim) \
   if (p.student.dim <= kDim) return sm90::launch_rows_forward<T, kDim>(p, multiprocessors(), stream);
-  if (p.causal || p.traversal == Traversal::kRows) {
+  if (p.traversal == Traversal::kRows) {
     LINEARARD_FOR_EACH_SM90_ROWS(LINEARARD_TRY, T)
   }
 #undef LINEARARD_TRY

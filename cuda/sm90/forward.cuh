@@ -1,5 +1,7 @@
 #pragma once
 
+#include <type_traits>
+
 #include "../triangular/group.cuh"
 #include "descriptors.cuh"
 #include "instructions.cuh"
@@ -20,7 +22,8 @@ struct ForwardArguments {
   Schedule schedule;
 };
 
-template <typename T, int kDim>
+/// @tparam kCausal whether a pair counts for its later token only
+template <typename T, int kDim, bool kCausal>
 class Forward {
  public:
   /// Warpgroups that compute: three of them hide each other's latencies where shared memory holds their owners.
@@ -43,7 +46,7 @@ class Forward {
   static constexpr int kBarriers = kOwnerValues + kOwners * static_cast<int>(sizeof(ForwardToken));
 
  public:
-  static constexpr int kSharedBytes = kBarriers + (1 + 2 * kStages) * 8;
+  static constexpr int kSharedBytes = kBarriers + (2 + 2 * kStages) * 8;
   static_assert(kSharedBytes <= 227 * 1024);
 
   __device__ static void run(const ForwardArguments& arguments) {
@@ -81,8 +84,9 @@ class Forward {
     end_ = begin + Walk::part_begin(arguments.schedule, walk.part + 1, tiles);
   }
 
-  __device__ uint32_t owners_loaded() const { return shared_ + kBarriers; }
-  __device__ uint32_t full(int stage) const { return shared_ + kBarriers + 8 + 16 * stage; }
+  __device__ uint32_t teacher_loaded() const { return shared_ + kBarriers; }  // the owners'
+  __device__ uint32_t student_loaded() const { return teacher_loaded() + 8; }
+  __device__ uint32_t full(int stage) const { return student_loaded() + 8 + 16 * stage; }
   __device__ uint32_t empty(int stage) const { return full(stage) + 8; }
   __device__ uint32_t stage_at(int stage) const { return shared_ + kRing + stage * kStageBytes; }
   __device__ const ForwardToken* values() const { return p_.token_values + static_cast<int64_t>(head_) * p_.tokens; }
@@ -99,8 +103,7 @@ class Forward {
     const bool is_wide = p_.wide_heads[head_] != 0;
     if (threadIdx.x < kOwners) owner_values[threadIdx.x] = value_of(first_ + static_cast<int>(threadIdx.x));
     if (is_wide) {
-      // The copies that have begun end while their memory is the block's.
-      if (threadIdx.x == 0) mbarrier_wait(owners_loaded(), 0);
+      if (threadIdx.x == 0) await_first_copies();
       return;
     }
     __syncthreads();
@@ -133,45 +136,68 @@ class Forward {
     return {&maps[place.relation], place.batch, place.head};
   }
 
-  /// The block's first steps, by one thread: barriers and owners.
+  /// Tiles that are loaded before the producer's loop, into stages that nobody has used.
+  static constexpr int kFirstTiles = kStages / 2;
+  __device__ int first_tiles() const { return min(kFirstTiles, end_ - begin_); }
+
+  /// The block's first steps, by one thread: barriers, owners and the first tiles, in the order of the products.
   __device__ void begin() const {
     const Source student = source_of(arguments_.student);
     const Source teacher = source_of(arguments_.teacher);
     prefetch_tensor_map(student.map);
     prefetch_tensor_map(teacher.map);
-    mbarrier_init(owners_loaded(), 1);
+    mbarrier_init(teacher_loaded(), 1);
+    mbarrier_init(student_loaded(), 1);
     for (int s = 0; s < kStages; ++s) {
       mbarrier_init(full(s), 1);
       mbarrier_init(empty(s), kGroups * kWarpgroup / 32);
     }
     fence_mbarrier_init();
-    mbarrier_arrive_expect(owners_loaded(), 2 * kOwnerTeacher);
-    load_owners(shared_ + kOwnerTeacher, teacher);
-    load_owners(shared_, student);
-  }
-
-  __device__ void load_owners(uint32_t shared, const Source& from) const {
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      for (int token = 0; token < kOwners; token += kTileTokens) {
-        load(shared + chunk * kOwnerChunk + token * kLineBytes, from, owners_loaded(), chunk, first_ + token);
-      }
+    load_owners(shared_ + kOwnerTeacher, teacher, teacher_loaded());
+    load_visitors(teacher, 0, begin_);
+    load_owners(shared_, student, student_loaded());
+    load_visitors(student, 1, begin_);
+    for (int i = 1; i < first_tiles(); ++i) {
+      load_visitors(teacher, 2 * i, begin_ + i);
+      load_visitors(student, 2 * i + 1, begin_ + i);
     }
   }
 
-  __device__ void load_visitors(const Source& from, Position& position, int tile) const {
-    const int s = position.stage;
-    mbarrier_wait(empty(s), position.parity ^ 1);
-    mbarrier_arrive_expect(full(s), kStageBytes);
+  /// The copies that have begun end while their memory is the block's.
+  __device__ void await_first_copies() const {
+    mbarrier_wait(teacher_loaded(), 0);
+    mbarrier_wait(student_loaded(), 0);
+    for (int s = 0; s < 2 * first_tiles(); ++s)
+      mbarrier_wait(full(s), 0);
+  }
+
+  __device__ void load_owners(uint32_t shared, const Source& from, uint32_t barrier) const {
+    mbarrier_arrive_expect(barrier, kOwnerTeacher);
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      for (int token = 0; token < kOwners; token += kTileTokens)
+        load(shared + chunk * kOwnerChunk + token * kLineBytes, from, barrier, chunk, first_ + token);
+    }
+  }
+
+  __device__ void load_visitors(const Source& from, int stage, int tile) const {
+    mbarrier_arrive_expect(full(stage), kStageBytes);
     for (int chunk = 0; chunk < kChunks; ++chunk)
-      load(stage_at(s) + chunk * kVisitorChunk, from, full(s), chunk, tile * kTileTokens);
+      load(stage_at(stage) + chunk * kVisitorChunk, from, full(stage), chunk, tile * kTileTokens);
+  }
+  __device__ void load_visitors(const Source& from, Position& position, int tile) const {
+    mbarrier_wait(empty(position.stage), position.parity ^ 1);
+    load_visitors(from, position.stage, tile);
     position.advance();
   }
 
+  /// The tiles after the first ones.
   __device__ void produce() const {
     const Source student = source_of(arguments_.student);
     const Source teacher = source_of(arguments_.teacher);
     Position position;
-    for (int tile = begin_; tile < end_; ++tile) {
+    for (int i = 0; i < 2 * kFirstTiles; ++i)
+      position.advance();
+    for (int tile = begin_ + kFirstTiles; tile < end_; ++tile) {
       load_visitors(teacher, position, tile);
       load_visitors(student, position, tile);
     }
@@ -214,6 +240,7 @@ class Forward {
     mbarrier_wait(full(position.stage), position.parity);
     multiply(teacher, operands.stage(position.stage), operands.teacher);
     position.advance();
+    mbarrier_wait(student_loaded(), 0);  // of use to the first tile
     mbarrier_wait(full(position.stage), position.parity);
     multiply(student, operands.stage(position.stage), operands.student);
     warpgroup_wait<1>();
@@ -270,10 +297,10 @@ class Forward {
                             anew(matrix_descriptor<kOwnerChunk>(owners + kOwnerTeacher))};
     float student[kElements];
     float teacher[kElements];
-    Sums owner_sums[kElements / 2];
+    std::conditional_t<kCausal, NoColumnSums, ColumnSums<kElements>> owner_sums;
     Position position;
     Visitors visitors(*this, begin_ * kTileTokens + row_of_thread());
-    mbarrier_wait(owners_loaded(), 0);
+    mbarrier_wait(teacher_loaded(), 0);
 #pragma unroll 1
     for (int tile = begin_; tile < end_; ++tile, visitors.advance()) {
       const int first_row = tile * kTileTokens + row_of_thread();
@@ -287,18 +314,15 @@ class Forward {
       multiply_tile(student, teacher, position, operands);
       if (tile * kTileTokens + kTileTokens - 1 <= first_owner) continue;
       const Diagonal diagonal{first_row - first_owner - column_of_thread()};
-      if (counts_plainly) {
-        add_pairs<PairKind::kPlain>(student, teacher, factors, columns, diagonal, rows, owner_sums);
-      } else if (tile * kTileTokens >= first_owner + kGroupOwners) {
-        add_pairs<PairKind::kAll>(student, teacher, factors, columns, diagonal, rows, owner_sums);
+      if (tile * kTileTokens >= first_owner + kGroupOwners) {
+        add_pairs<false>(student, teacher, factors, counts_plainly, columns, diagonal, rows, owner_sums);
       } else {
         write_own(student, teacher, factors, diagonal, first_row);
-        add_pairs<PairKind::kPartial>(student, teacher, factors, columns, diagonal, rows, owner_sums);
+        add_pairs<true>(student, teacher, factors, false, columns, diagonal, rows, owner_sums);
       }
       write_visitors(rows.sums, visitors);
     }
-    // A causal pair counts for its later token only.
-    if (!p_.causal) write_owners(owner_sums, first_owner);
+    if constexpr (!kCausal) write_owners(owner_sums.values, first_owner);
   }
 
   __device__ void write_own(const float (&student)[kElements],
@@ -364,11 +388,11 @@ class Forward {
   }
 };
 
-template <typename T, int kDim>
-__global__ void __launch_bounds__(Forward<T, kDim>::kThreads, 1)
+template <typename T, int kDim, bool kCausal>
+__global__ void __launch_bounds__(Forward<T, kDim, kCausal>::kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardArguments arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(LINEARARD_EMULATION)
-  Forward<T, kDim>::run(arguments);
+  Forward<T, kDim, kCausal>::run(arguments);
 #endif
 }
 

@@ -23,7 +23,7 @@ template <typename T, int kDim>
 cudaError_t launch_forward(const TriangularForwardParams& params, int multiprocessors, cudaStream_t stream);
 template <typename T, int kDim>
 cudaError_t launch_backward(const TriangularBackwardParams& params, int multiprocessors, cudaStream_t stream);
-/// Traversal::kRows, and the causal forward, whose pairs count for one row.
+/// Traversal::kRows.
 template <typename T, int kDim>
 cudaError_t launch_rows_forward(const TriangularForwardParams& params, int multiprocessors, cudaStream_t stream);
 template <typename T, int kDim>

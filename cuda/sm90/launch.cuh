@@ -27,14 +27,21 @@ cudaError_t prepare_arguments(Arguments& arguments, const Params& p, int owners,
   return cudaSuccess;
 }
 
+template <typename T, int kDim, bool kCausal>
+cudaError_t launch_forward_kernel(const TriangularForwardParams& params, int multiprocessors, cudaStream_t stream) {
+  using Kernel = Forward<T, kDim, kCausal>;
+  ForwardArguments arguments;
+  const cudaError_t error = prepare_arguments(arguments, params, Kernel::kOwners, multiprocessors);
+  if (error != cudaSuccess) return error;
+  return launch_overlapping_blocks(forward_kernel<T, kDim, kCausal>, arguments, arguments.schedule.blocks(),
+                                   Kernel::kThreads, Kernel::kSharedBytes, stream);
+}
+
 /// Instantiated in instantiations/, one file for each dtype and dimension.
 template <typename T, int kDim>
 cudaError_t launch_forward(const TriangularForwardParams& params, int multiprocessors, cudaStream_t stream) {
-  ForwardArguments arguments;
-  const cudaError_t error = prepare_arguments(arguments, params, Forward<T, kDim>::kOwners, multiprocessors);
-  if (error != cudaSuccess) return error;
-  return launch_overlapping_blocks(forward_kernel<T, kDim>, arguments, arguments.schedule.blocks(),
-                                   Forward<T, kDim>::kThreads, Forward<T, kDim>::kSharedBytes, stream);
+  return params.causal ? launch_forward_kernel<T, kDim, true>(params, multiprocessors, stream)
+                       : launch_forward_kernel<T, kDim, false>(params, multiprocessors, stream);
 }
 
 template <typename T, int kDim>

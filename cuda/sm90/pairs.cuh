@@ -50,13 +50,6 @@ struct ForwardRows {
   Sums sums[2];
 };
 
-/// What is known of a tile's pairs.
-enum class PairKind : int {
-  kPartial,  ///< some do not count
-  kAll,      ///< all count
-  kPlain,    ///< all count, of a plain head
-};
-
 /// Where a tile meets the diagonal.
 struct Diagonal {
   int distance;  ///< of the thread's first row from its first column
@@ -65,7 +58,24 @@ struct Diagonal {
   __device__ int row_minus_column(int fragment, int c) const { return distance + 8 * (c / 2) - 8 * fragment - c % 2; }
 };
 
-template <PairKind kKind, bool kAllNear, int kElements>
+/// Sums of a thread's columns over all its rows.
+template <int kElements>
+struct ColumnSums {
+  Sums values[kElements / 2];
+
+  template <typename... Weight>
+  __device__ void add(int element, const ForwardTerms& terms, Weight... weight) {
+    values[element / 4 * 2 + element % 2].add(terms.mass, terms.moment, terms.phi, weight...);
+  }
+};
+
+/// Of pairs that count for their rows only.
+struct NoColumnSums {
+  template <typename... Weight>
+  __device__ void add(int /*element*/, const ForwardTerms& /*terms*/, Weight... /*weight*/) {}
+};
+
+template <bool kPartial, bool kAllNear, int kElements, typename Columns>
 __device__ void add_fragments(const float (&difference)[kElements],
                               const float (&teacher)[kElements],
                               int first,
@@ -73,7 +83,7 @@ __device__ void add_fragments(const float (&difference)[kElements],
                               const ColumnPair* columns,
                               const Diagonal& diagonal,
                               ForwardRows& rows,
-                              Sums (&column_sums)[kElements / 2]) {
+                              Columns& column_sums) {
 #pragma unroll
   for (int n = first; n < first + kVoteFragments; ++n) {
     const ColumnPair pair = columns[4 * n];
@@ -83,26 +93,26 @@ __device__ void add_fragments(const float (&difference)[kElements],
       const ForwardToken& column = c % 2 == 0 ? pair.first : pair.second;
       const float exponent = factors.exponent(teacher[4 * n + c], row.bias, column.bias);
       ForwardTerms terms = forward_terms<kAllNear>(factors, difference[4 * n + c], exponent);
-      if (kKind == PairKind::kPartial && diagonal.row_minus_column(n, c) <= 0) terms = {0, 0, 0};
+      if (kPartial && diagonal.row_minus_column(n, c) <= 0) terms = {0, 0, 0};
       rows.sums[c / 2].add(terms.mass, terms.moment, terms.phi, column.weight);
-      column_sums[2 * n + c % 2].add(terms.mass, terms.moment, terms.phi, row.weight);
+      column_sums.add(4 * n + c, terms, row.weight);
     }
   }
 }
 
 /// The same for a plain head's pairs, all near: no bias, and all weights are 1.
-template <int kElements>
+template <int kElements, typename Columns>
 __device__ void add_plain_fragments(const float (&difference)[kElements],
                                     const float (&teacher)[kElements],
                                     int first,
                                     const ElementFactors& factors,
                                     ForwardRows& rows,
-                                    Sums (&column_sums)[kElements / 2]) {
+                                    Columns& column_sums) {
 #pragma unroll
   for (int i = 4 * first; i < 4 * (first + kVoteFragments); ++i) {
     const ForwardTerms terms = forward_terms<true>(factors, difference[i], teacher[i] * factors.teacher);
     rows.sums[i / 2 % 2].add(terms.mass, terms.moment, terms.phi);
-    column_sums[i / 4 * 2 + i % 2].add(terms.mass, terms.moment, terms.phi);
+    column_sums.add(i, terms);
   }
 }
 
@@ -123,27 +133,28 @@ __device__ float subtract_teacher(float (&student)[kElements],
 }
 
 /// Adds all pairs to the sums of their rows and columns. Overwrites the student's products.
+/// @tparam kPartial whether some do not count
+/// @param is_plain whether they are a plain head's: its values of tokens are what they are for all
 /// @param columns values of the thread's columns of fragment 0; those of fragment n are 4 n pairs further
-template <PairKind kKind, int kElements>
+template <bool kPartial, int kElements, typename Columns>
 __device__ void add_pairs(float (&student)[kElements],
                           const float (&teacher)[kElements],
                           const ElementFactors& factors,
+                          bool is_plain,
                           const ColumnPair* columns,
                           const Diagonal& diagonal,
                           ForwardRows& rows,
-                          Sums (&column_sums)[kElements / 2]) {
+                          Columns& column_sums) {
   static_assert(kElements % (4 * kVoteFragments) == 0);
   constexpr float kNoMean[2] = {0, 0};
 #pragma unroll
   for (int first = 0; first < kElements / 4; first += kVoteFragments) {
-    if (__all_sync(0xffffffffu, subtract_teacher(student, teacher, first, kNoMean) < factors.near)) {
-      if constexpr (kKind == PairKind::kPlain) {
-        add_plain_fragments(student, teacher, first, factors, rows, column_sums);
-      } else {
-        add_fragments<kKind, true>(student, teacher, first, factors, columns, diagonal, rows, column_sums);
-      }
+    if (!__all_sync(0xffffffffu, subtract_teacher(student, teacher, first, kNoMean) < factors.near)) {
+      add_fragments<kPartial, false>(student, teacher, first, factors, columns, diagonal, rows, column_sums);
+    } else if (!kPartial && is_plain) {
+      add_plain_fragments(student, teacher, first, factors, rows, column_sums);
     } else {
-      add_fragments<kKind, false>(student, teacher, first, factors, columns, diagonal, rows, column_sums);
+      add_fragments<kPartial, true>(student, teacher, first, factors, columns, diagonal, rows, column_sums);
     }
   }
 }

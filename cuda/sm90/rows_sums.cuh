@@ -347,9 +347,10 @@ class AttentionRows {
     const double m = static_cast<double>(of.moment) / of.mass * nats;
     const double c = static_cast<double>(of.phi) / of.mass;
     const double a = m + c;
-    const double kl = keys > 1 ? triangular::tilted_divergence(a, c, m) : 0;
+    const double shift = log1p(a);
+    const double kl = keys > 1 ? triangular::tilted_divergence(a, c, m, shift) : 0;
     const double lse_teacher = of.reference * triangular::kLn2Wide + log(static_cast<double>(of.mass));
-    const double lse_student = lse_teacher + of.mean * nats + log1p(a);
+    const double lse_student = lse_teacher + of.mean * nats + shift;
     p.kl[at] = static_cast<float>(fmax(kl, 0.0));
     p.lse_student[at] = static_cast<float>(lse_student);
     p.lse_teacher[at] = static_cast<float>(lse_teacher);

@@ -24,6 +24,9 @@ struct Row {
   double error;  ///< what the rounding of the sums may have done to kl
 };
 
+/// log(1 + e^x)
+__device__ double log1p_exp(double x) { return (x > 0 ? x : 0) + log1p(exp(-fabs(x))); }
+
 /// A row whose only key with a probability is its own.
 __device__ Row own_row(const OwnLogit& own) {
   const double teacher = static_cast<double>(own.teacher) * kLn2Wide;
@@ -34,25 +37,32 @@ __device__ Row own_row(const OwnLogit& own) {
 ///   KL(P || Q) = KL of own against others + R KL of the others among themselves,
 /// a sum of two non-negative terms: the own logit, which moves differently from all others, cancels nowhere.
 __device__ Row row_of(double mass, double moment, double phi_sum, const OwnLogit& own, double log2_unit) {
+  // Few rows at a time: what these functions cost is how they wait for each other, so each is called once.
   const double own_teacher = static_cast<double>(own.teacher) * kLn2Wide;
   const double own_difference = static_cast<double>(own.difference) * kLn2Wide;
-  const double a = (moment + phi_sum) / mass;
-  const double c = phi_sum / mass;
-  const double m = moment / mass;
+  const double inverse = 1 / mass;
+  const double a = (moment + phi_sum) * inverse;
+  const double c = phi_sum * inverse;
+  const double m = moment * inverse;
   const double shift = log1p(a);  // of the others' log-sum-exp
-  const double rest = tilted_divergence(a, c, m);
+  const double rest = tilted_divergence(a, c, m, shift);
   const double rest_error = tilted_error(a, c, m);
 
   // Log-odds of the others against the token itself.
-  const double odds_teacher = log(mass) + log2_unit * kLn2Wide - own_teacher;
+  const double odds = log(mass) + log2_unit * kLn2Wide - own_teacher;
+  const double smaller = exp(-fabs(odds));
+  const double larger = 1 / (1 + smaller);
+  const double others = odds > 0 ? larger : smaller * larger;
+  const double teacher = (odds > 0 ? odds : 0) + log1p(smaller);  // log(1 + e^odds)
   const double moved = shift - own_difference;
-  const double others = 1 / (1 + exp(-odds_teacher));
-  const double own_a = others * expm1(moved);
-  const double binary = tilted_divergence(own_a, others * phi_of(moved), others * moved);
-  const double odds_student = odds_teacher + moved;
-  const auto softplus = [](double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); };
-  return {binary + others * rest, own_teacher + own_difference + softplus(odds_student),
-          own_teacher + softplus(odds_teacher), others * rest_error};
+  const double excess = expm1(moved);
+  const double own_a = others * excess;
+  double own_shift = log1p(own_a);
+  // Where the own token takes nearly everything, what is left has no digits in own_a.
+  if (!(own_a > -0.9)) own_shift = log1p_exp(odds + moved) - teacher;
+  const double binary = tilted_divergence(own_a, others * phi_of(moved, excess), others * moved, own_shift);
+  return {binary + others * rest, own_teacher + own_difference + teacher + own_shift, own_teacher + teacher,
+          others * rest_error};
 }
 
 __global__ void __launch_bounds__(kThreads) finish_forward_kernel(const __grid_constant__ FinishForwardParams p) {

@@ -89,9 +89,7 @@ bool writes_result(const TriangularBackwardParams& params) {
 }
 
 /// Whether the kernels of a call serve one relation only: those of Hopper that go row by row.
-bool stands_alone(const TriangularForwardParams& p) {
-  return (p.causal || p.traversal == Traversal::kRows) && runs_on_hopper(p);
-}
+bool stands_alone(const TriangularForwardParams& p) { return p.traversal == Traversal::kRows && runs_on_hopper(p); }
 bool stands_alone(const TriangularBackwardParams& p) { return writes_result(p); }
 
 /// Whether one launch serves both.
