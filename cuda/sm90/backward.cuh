@@ -161,11 +161,9 @@ class Backward {
     tma_load_4d(shared, from.map, barrier, chunk * kChunkDims, token, from.head, from.batch);
   }
 
-  __device__ int first_tiles() const { return min(kStages, plan().tiles); }
   __device__ int token_of_tile(int i) const { return (plan().last_tile - i) * kTileTokens; }
 
-  /// The block's first steps, by one thread: barriers, owners, and vectors of the first tiles, into stages that nobody
-  /// has used.
+  /// The block's first steps, by one thread: barriers, owners, and vectors of the first tile.
   __device__ void begin() const {
     constexpr int kWarps = kConsumerThreads / 32;
     const BackwardSources from = Form::sources_of(arguments_, plan().head);
@@ -198,27 +196,22 @@ class Backward {
         load(to, from.own_student, owners_loaded(), chunk, plan().first + token);
       }
     }
-    for (int i = 0; i < first_tiles(); ++i)
-      load_vectors(from, i, token_of_tile(i));
+    load_vectors(from, 0, token_of_tile(0));
   }
 
   /// The copies that have begun end while their memory is the block's.
   __device__ void await_first_copies() const {
     mbarrier_wait(owners_loaded(), 0);
-    for (int s = 0; s < first_tiles(); ++s) {
-      load_values(s, token_of_tile(s));
-      mbarrier_wait(full(s), 0);
-    }
+    load_values(0, token_of_tile(0));
+    mbarrier_wait(full(0), 0);
   }
 
   __device__ void produce() const {
     const BackwardSources from = Form::sources_of(arguments_, plan().head);
-    for (int i = 0; i < first_tiles(); ++i)
-      load_values(i, token_of_tile(i));
+    load_values(0, token_of_tile(0));
     Position position;
-    for (int i = 0; i < kStages; ++i)
-      position.advance();
-    for (int i = kStages; i < plan().tiles; ++i, position.advance()) {
+    position.advance();
+    for (int i = 1; i < plan().tiles; ++i, position.advance()) {
       mbarrier_wait(empty(position.stage), position.parity ^ 1);
       load_vectors(from, position.stage, token_of_tile(i));
       load_values(position.stage, token_of_tile(i));

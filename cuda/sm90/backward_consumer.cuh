@@ -20,7 +20,6 @@ class Backward<T, kDim, Form>::Consumer {
         ring_(anew(matrix_descriptor<kOtherChunk>(block.stage_at(0)))) {}
 
   __device__ void run() {
-    mbarrier_wait(b_.owners_loaded(), 0);
     load_owners();
     barrier_sync(kAllConsumers, kConsumerThreads);
 
@@ -88,6 +87,7 @@ class Backward<T, kDim, Form>::Consumer {
   __device__ void load_owners() {
     const int row = group_ * kTileTokens + warp_of_group() * 16 + lane() % 16;
     if (lane() < 16) owner_values()[row] = Form::own_value(b_.p_, b_.plan().head, b_.plan().first + row);
+    mbarrier_wait(b_.owners_loaded(), 0);
     constexpr int kStepsOfChunk = kChunkDims / kStep;
     const uint32_t from = swizzled(b_.shared_ + kOut, row, lane() / 16);
 #pragma unroll

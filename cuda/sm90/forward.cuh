@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "../triangular/group.cuh"
+#include "../triangular/head.cuh"
 #include "descriptors.cuh"
 #include "instructions.cuh"
 #include "pairs.cuh"
@@ -56,7 +57,7 @@ class Forward {
     // Vectors are what no step of the call writes: they are on their way before the steps ahead have ended.
     if (walks && threadIdx.x == 0) forward.begin();
     wait_for_kernels_ahead();
-    if (walks) forward.run_block();
+    if (walks) forward.run_block(walk.token_block == 0 && walk.part == 0);
   }
 
  private:
@@ -89,20 +90,27 @@ class Forward {
   __device__ uint32_t full(int stage) const { return student_loaded() + 8 + 16 * stage; }
   __device__ uint32_t empty(int stage) const { return full(stage) + 8; }
   __device__ uint32_t stage_at(int stage) const { return shared_ + kRing + stage * kStageBytes; }
-  __device__ const ForwardToken* values() const { return p_.token_values + static_cast<int64_t>(head_) * p_.tokens; }
-  // Of the head: its first value and sum are the same for all threads, and so are kept once.
-  __device__ ForwardToken value_of(int token) const {
-    if (token >= p_.tokens) return {0.f, 0.f};
-    const float2 value = __ldg(reinterpret_cast<const float2*>(values()) + static_cast<uint32_t>(token));
-    return {value.x, value.y};
-  }
+  // Of the head: its first reference and sum are the same for all threads, and so are kept once.
+  __device__ const float* references() const { return p_.references + static_cast<int64_t>(head_) * p_.tokens; }
   __device__ float* sums() const { return p_.sums + static_cast<int64_t>(head_) * kSums * p_.tokens; }
 
-  __device__ void run_block() {
-    auto* owner_values = reinterpret_cast<ForwardToken*>(memory_ + kOwnerValues);
-    const bool is_wide = p_.wide_heads[head_] != 0;
-    if (threadIdx.x < kOwners) owner_values[threadIdx.x] = value_of(first_ + static_cast<int>(threadIdx.x));
-    if (is_wide) {
+  /// @param is_first whether the block tells others about the head
+  __device__ void run_block(bool is_first) {
+    const int owner = first_ + static_cast<int>(threadIdx.x);
+    const bool is_owner = threadIdx.x < kOwners && owner < p_.tokens;
+    const float reference = is_owner ? __ldg(references() + static_cast<uint32_t>(owner)) : 0.f;
+    const int blocks = triangular::blocks_of_head(p_.tokens);
+    const auto head = triangular::ForwardHead::of(p_.largest + static_cast<int64_t>(head_) * blocks, blocks);
+    if (is_first && threadIdx.x == 0) {
+      p_.centers[head_] = head.center;
+      p_.wide_heads[head_] = head.is_wide ? 1 : 0;
+      p_.plain_heads[head_] = head.is_plain ? 1 : 0;
+    }
+    if (threadIdx.x < kOwners) {
+      reinterpret_cast<ForwardToken*>(memory_ + kOwnerValues)[threadIdx.x] =
+          is_owner ? head.value(reference) : ForwardToken{0.f, 0.f};
+    }
+    if (head.is_wide) {
       if (threadIdx.x == 0) await_first_copies();
       return;
     }
@@ -113,7 +121,7 @@ class Forward {
       if (threadIdx.x < 32 && elect_one()) produce();
     } else {
       take_registers<Registers<kGroups>::kConsumer>();
-      consume(group - 1);
+      consume(group - 1, head);
     }
   }
 
@@ -136,16 +144,12 @@ class Forward {
     return {&maps[place.relation], place.batch, place.head};
   }
 
-  /// Tiles that are loaded before the producer's loop, into stages that nobody has used.
-  static constexpr int kFirstTiles = kStages / 2;
-  __device__ int first_tiles() const { return min(kFirstTiles, end_ - begin_); }
-
-  /// The block's first steps, by one thread: barriers, owners and the first tiles, in the order of the products.
+  /// The block's first steps, by one thread: barriers, and what the first product is made of.
   __device__ void begin() const {
     const Source student = source_of(arguments_.student);
     const Source teacher = source_of(arguments_.teacher);
-    prefetch_tensor_map(student.map);
     prefetch_tensor_map(teacher.map);
+    prefetch_tensor_map(student.map);
     mbarrier_init(teacher_loaded(), 1);
     mbarrier_init(student_loaded(), 1);
     for (int s = 0; s < kStages; ++s) {
@@ -155,20 +159,12 @@ class Forward {
     fence_mbarrier_init();
     load_owners(shared_ + kOwnerTeacher, teacher, teacher_loaded());
     load_visitors(teacher, 0, begin_);
-    load_owners(shared_, student, student_loaded());
-    load_visitors(student, 1, begin_);
-    for (int i = 1; i < first_tiles(); ++i) {
-      load_visitors(teacher, 2 * i, begin_ + i);
-      load_visitors(student, 2 * i + 1, begin_ + i);
-    }
   }
 
   /// The copies that have begun end while their memory is the block's.
   __device__ void await_first_copies() const {
     mbarrier_wait(teacher_loaded(), 0);
-    mbarrier_wait(student_loaded(), 0);
-    for (int s = 0; s < 2 * first_tiles(); ++s)
-      mbarrier_wait(full(s), 0);
+    mbarrier_wait(full(0), 0);
   }
 
   __device__ void load_owners(uint32_t shared, const Source& from, uint32_t barrier) const {
@@ -190,14 +186,14 @@ class Forward {
     position.advance();
   }
 
-  /// The tiles after the first ones.
   __device__ void produce() const {
     const Source student = source_of(arguments_.student);
     const Source teacher = source_of(arguments_.teacher);
+    load_owners(shared_, student, student_loaded());
     Position position;
-    for (int i = 0; i < 2 * kFirstTiles; ++i)
-      position.advance();
-    for (int tile = begin_ + kFirstTiles; tile < end_; ++tile) {
+    position.advance();
+    load_visitors(student, position, begin_);
+    for (int tile = begin_ + 1; tile < end_; ++tile) {
       load_visitors(teacher, position, tile);
       load_visitors(student, position, tile);
     }
@@ -255,22 +251,20 @@ class Forward {
   /// The thread's rows of a tile in global memory. Pointers that move on with the tiles: computed anew for each, their
   /// addresses would be a tenth of the loop.
   struct Visitors {
-    const float2* values;  ///< of the first row; the other is 8 further
-    float* sums;           ///< of the row that the thread adds to; the sums are `stride` apart
-    int left;              ///< tokens of the head from the first row on
+    const float* references;  ///< of the first row; the other is 8 further
+    float* sums;              ///< of the row that the thread adds to; the sums are `stride` apart
+    int left;                 ///< tokens of the head from the first row on
     int stride;
 
     __device__ Visitors(const Forward& of, int first_row)
-        : values(reinterpret_cast<const float2*>(of.values()) + first_row),
+        : references(of.references() + first_row),
           sums(of.sums() + first_row + added_row()),
           left(of.p_.tokens - first_row),
           stride(of.p_.tokens) {}
     /// The thread keeps the sums of its first row or of the one 8 below.
     __device__ static int added_row() { return 8 * static_cast<int>(threadIdx.x & 1); }
-    __device__ ForwardToken value(int row) const {
-      if (row >= left) return {0.f, 0.f};
-      const float2 value = __ldg(values + row);
-      return {value.x, value.y};
+    __device__ ForwardToken value(const triangular::ForwardHead& head, int row) const {
+      return row < left ? head.value(__ldg(references + row)) : ForwardToken{0.f, 0.f};
     }
     __device__ void add(const Sums& of_token) const {
       if (added_row() >= left) return;
@@ -279,15 +273,14 @@ class Forward {
       atomicAdd(sums + 2 * static_cast<int64_t>(stride), of_token.phi);
     }
     __device__ void advance() {
-      values += kTileTokens;
+      references += kTileTokens;
       sums += kTileTokens;
       left -= kTileTokens;
     }
   };
 
-  __device__ void consume(int group) const {
+  __device__ void consume(int group, const triangular::ForwardHead& head) const {
     const ElementFactors factors(p_.factors);
-    const bool is_plain = p_.plain_heads != nullptr && p_.plain_heads[head_] != 0;
     const int first_owner = first_ + group * kGroupOwners;
     const uint32_t owners = shared_ + group * kGroupOwners * kLineBytes;
     const auto* columns =
@@ -305,11 +298,11 @@ class Forward {
     for (int tile = begin_; tile < end_; ++tile, visitors.advance()) {
       const int first_row = tile * kTileTokens + row_of_thread();
       const bool counts_plainly =
-          is_plain && tile * kTileTokens >= first_owner + kGroupOwners && tile * kTileTokens + kTileTokens <= p_.tokens;
+          head.is_plain && tile * kTileTokens >= first_owner + kGroupOwners && tile * kTileTokens + kTileTokens <= p_.tokens;
       ForwardRows rows{{{0.f, 1.f}, {0.f, 1.f}}, {}};
       if (!counts_plainly) {
-        rows.values[0] = visitors.value(0);
-        rows.values[1] = visitors.value(8);
+        rows.values[0] = visitors.value(head, 0);
+        rows.values[1] = visitors.value(head, 8);
       }
       multiply_tile(student, teacher, position, operands);
       if (tile * kTileTokens + kTileTokens - 1 <= first_owner) continue;

@@ -8,6 +8,7 @@
 #include "../common/visibility.cuh"
 #include "divergence.cuh"
 #include "group.cuh"
+#include "head.cuh"
 #include "launch.h"
 
 // The steps after the triangular kernels.
@@ -65,6 +66,11 @@ __device__ Row row_of(double mass, double moment, double phi_sum, const OwnLogit
           others * rest_error};
 }
 
+__device__ float bias_of(const FinishForwardParams& p, int problem, int64_t index) {
+  if (p.references == nullptr) return p.token_values[index].bias;
+  return ForwardHead{false, p.plain_heads[problem] != 0, 0}.bias(p.references[index]);
+}
+
 __global__ void __launch_bounds__(kThreads) finish_forward_kernel(const __grid_constant__ FinishForwardParams p) {
   let_next_kernel_begin();
   wait_for_kernels_ahead();
@@ -84,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) finish_forward_kernel(const __grid_c
     const double mass = sums[0];
     const double moment = sums[tokens] * static_cast<double>(p.factors.student) * kLn2;
     const double phi_sum = sums[2 * static_cast<int64_t>(tokens)];
-    const double log2_unit = p.token_values[index].bias - kHeadroom / 2 + static_cast<double>(p.centers[problem]);
+    const double log2_unit = bias_of(p, problem, index) - kHeadroom / 2 + static_cast<double>(p.centers[problem]);
     // All others underflowed, on both sides: the row is its own token.
     row = mass == 0 && phi_sum == 0 ? own_row(p.own[index]) : row_of(mass, moment, phi_sum, p.own[index], log2_unit);
     // Not below: NaN is refined. A student that has lost nearly all of the others' mass: 1 + a has no digits.
@@ -131,7 +137,7 @@ constexpr int kChunk = 8;
 constexpr int kChunksOfThread = 4;
 constexpr int kBlockChunks = kChunksOfThread * kThreads;
 
-int64_t blocks_of_head(int tokens, int dim) {
+int64_t finish_blocks_of_head(int tokens, int dim) {
   const int64_t chunks = int64_t{tokens} * (dim / kChunk);
   return (chunks + kBlockChunks - 1) / kBlockChunks;
 }
@@ -199,7 +205,7 @@ cudaError_t order_rows(const OrderRowsParams& params, cudaStream_t stream) {
 }
 
 cudaError_t finish_backward(const FinishBackwardParams& params, cudaStream_t stream) {
-  const int64_t per_head = blocks_of_head(params.tokens, params.dim);
+  const int64_t per_head = finish_blocks_of_head(params.tokens, params.dim);
   const int64_t blocks = per_head * params.group.problems;
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;

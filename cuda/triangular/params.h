@@ -105,11 +105,15 @@ struct TriangularForwardParams {
   const uint8_t* mask;  ///< [B, N] 1 = a real token; null: all are
   LogitFactors factors;
   const ForwardToken* token_values;  ///< [P, N]
-  const float* centers;              ///< [P]
-  const int* wide_heads;             ///< [P] 1: left to the dense kernels
-  const int* plain_heads;            ///< [P] 1: plain; null: none
-  float* sums;                       ///< [P, kSums, N], zero before
-  OwnLogit* own;                     ///< [P, N] of heads that are not wide: written
+  // Or what Hopper's triangular kernel makes them of:
+  const float* references;  ///< [P, N] t_ii
+  const int* largest;       ///< as PrepareForwardParams
+  // Read; by that kernel written.
+  float* centers;    ///< [P]
+  int* wide_heads;   ///< [P] 1: left to the dense kernels
+  int* plain_heads;  ///< [P] 1: plain
+  float* sums;       ///< [P, kSums, N], zero before
+  OwnLogit* own;     ///< [P, N] of heads that are not wide: written
   RelationGroup group;
   GroupVectors vectors;
 };
@@ -146,11 +150,11 @@ struct PrepareForwardParams {
   double scale_student;  ///< of the logits, nats
   double scale_teacher;
   int* largest;                ///< [P, ceil(N / kRedoRows)] bits of the largest t_ii of a block
-  ForwardToken* token_values;  ///< [P, N]
   OwnLogit* own;               ///< [P, N]
+  float* references;           ///< [P, N] t_ii, which the kernel makes the rest of; null: this step does
+  ForwardToken* token_values;  ///< [P, N]
   float* centers;              ///< [P]
   int* wide_heads;             ///< [P]
-  int* plain_heads;            ///< [P]; null: no head is to be plain
   // Zeroed:
   float* sums;                    ///< [P, kSums, N]
   int* row_counts;                ///< [P]
@@ -170,9 +174,11 @@ struct FinishForwardParams {
   Visibility visibility;
   LogitFactors factors;
   const ForwardToken* token_values;
+  const float* references;  ///< in place of token_values, with plain_heads
   const OwnLogit* own;
   const float* centers;
   const int* wide_heads;
+  const int* plain_heads;
   const float* sums;               ///< [P, kSums, N]
   RowResults rows[kLargestGroup];  ///< of the relations
   int* row_counts;                 ///< [P] rows listed, zero before

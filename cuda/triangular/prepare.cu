@@ -8,6 +8,7 @@
 #include "../common/visibility.cuh"
 #include "../common/zeros.cuh"
 #include "group.cuh"
+#include "head.cuh"
 #include "launch.h"
 
 // The steps before the triangular kernels: what a token contributes to all its pairs. It depends on extremes of the
@@ -98,8 +99,6 @@ __device__ double sum_of_token(double x) {
   return x;
 }
 
-__device__ int blocks_of_head(int tokens) { return (tokens + kRedoRows - 1) / kRedoRows; }
-
 /// Logits of kRedoRows tokens of a head with themselves, and the largest of them. A vector is made of whole chunks;
 /// with kAtOnce > 1 of a multiple of kLanes kAtOnce.
 template <typename T, int kAtOnce>
@@ -138,7 +137,11 @@ __global__ void __launch_bounds__(kThreads) own_logits_kernel(const __grid_const
   t = p.scale_teacher * kUnit * sum_of_token(t);
   s = p.scale_student * kUnit * sum_of_token(s);
   const OwnLogit own{static_cast<float>(t), static_cast<float>(s - t)};
-  if (token < p.tokens && thread % kLanes == 0) p.own[static_cast<int64_t>(problem) * p.tokens + token] = own;
+  if (token < p.tokens && thread % kLanes == 0) {
+    const int64_t at = static_cast<int64_t>(problem) * p.tokens + token;
+    p.own[at] = own;
+    if (p.references != nullptr) p.references[at] = own.teacher;
+  }
   // Floats that are not negative are ordered as integers are; NaN is above all of them.
   const int largest = largest_of_block(__float_as_int(fabsf(own.teacher)), scratch);
 
@@ -171,25 +174,19 @@ __global__ void __launch_bounds__(kThreads) forward_tokens_kernel(const __grid_c
   int bits = 0;
   for (int block = static_cast<int>(threadIdx.x); block < blocks; block += kThreads)
     bits = max(bits, p.largest[static_cast<int64_t>(problem) * blocks + block]);
-  const float largest = __int_as_float(largest_of_block(bits, scratch));
-  // Mid-range of t_ii / 2: both ends of 2^(t_ii / 2 - center) are as far from float's.
-  const bool is_plain = p.plain_heads != nullptr && largest < kPlainReach * kLog2E;
-  const float center = is_plain ? kHeadroom / 2 : largest / 4;
+  const ForwardHead head = ForwardHead::of(__int_as_float(largest_of_block(bits, scratch)), false);
 #pragma unroll
   for (int i = 0; i < kForwardTokens / kThreads; ++i) {
     const int token = part * kForwardTokens + i * kThreads + static_cast<int>(threadIdx.x);
     if (token >= p.tokens) break;
     const int64_t index = static_cast<int64_t>(problem) * p.tokens + token;
-    const float half = p.own[index].teacher / 2;
-    const bool real = is_real(p.mask, p.tokens, batch, token);
     ForwardToken value{0, 0};
-    if (real) value = is_plain ? ForwardToken{0, 1} : ForwardToken{half - kHeadroom / 2, exp2f(half - center)};
+    if (is_real(p.mask, p.tokens, batch, token)) value = head.value(p.own[index].teacher);
     p.token_values[index] = value;
   }
   if (part == 0 && threadIdx.x == 0) {
-    p.centers[problem] = center;
-    p.wide_heads[problem] = largest < kLargestSpread * kLog2E ? 0 : 1;
-    if (p.plain_heads != nullptr) p.plain_heads[problem] = is_plain ? 1 : 0;
+    p.centers[problem] = head.center;
+    p.wide_heads[problem] = head.is_wide ? 1 : 0;
   }
 }
 
@@ -342,7 +339,7 @@ cudaError_t prepare_forward(const PrepareForwardParams& params, cudaStream_t str
   const cudaError_t error = params.vectors.teacher[0].type == Scalar::kHalf
                                 ? launch_own_logits<__half>(params, stream)
                                 : launch_own_logits<__nv_bfloat16>(params, stream);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess || params.references != nullptr) return error;
   const int64_t blocks = int64_t{params.group.problems} * quotient_up(params.tokens, kForwardTokens);
   return launch_overlapping_blocks(forward_tokens_kernel, params, blocks, kThreads, 0, stream);
 }

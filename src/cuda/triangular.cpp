@@ -216,19 +216,21 @@ void run_group(const Group<TriangularForwardParams>& group,
   finish.visibility = first.memory.visibility;
   finish.factors = params.factors;
   finish.ordered = first.deterministic;
-  params.token_values = finish.token_values = prepare.token_values = arena.take<ForwardToken>(problems * tokens);
+  if (runs_on_hopper(params) && !stands_alone(params)) {
+    params.references = finish.references = prepare.references = arena.take<float>(problems * tokens);
+    finish.plain_heads = params.plain_heads = arena.take<int>(problems);
+  } else {
+    params.token_values = finish.token_values = prepare.token_values = arena.take<ForwardToken>(problems * tokens);
+  }
   params.own = prepare.own = arena.take<OwnLogit>(problems * tokens);
   finish.own = params.own;
   params.sums = prepare.sums = arena.take<float>(problems * kSums * tokens);
   finish.sums = params.sums;
   finish.row_lists = arena.take<int>(problems * tokens);
   finish.row_counts = prepare.row_counts = arena.take<int>(problems);
-  params.centers = finish.centers = prepare.centers = arena.take<float>(problems);
-  params.wide_heads = finish.wide_heads = prepare.wide_heads = arena.take<int>(problems);
-  if (runs_on_hopper(params) && !stands_alone(params)) {
-    params.plain_heads = prepare.plain_heads = arena.take<int>(problems);
-  }
-  prepare.largest = arena.take<int>(mark_count(problems, tokens));
+  finish.centers = params.centers = prepare.centers = arena.take<float>(problems);
+  finish.wide_heads = params.wide_heads = prepare.wide_heads = arena.take<int>(problems);
+  params.largest = prepare.largest = arena.take<int>(mark_count(problems, tokens));
   for (size_t r = 0; r < count; ++r) {
     const RowTensors& to = relations[group.places[r]].to;
     prepare.redo[r] = arena.take<int>(mark_count(group.heads(r), tokens));

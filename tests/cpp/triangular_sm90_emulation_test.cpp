@@ -86,7 +86,7 @@ Params params_of(const Relation& r, const Problem& p, const at::Tensor& wide_hea
   params.group = cuda::RelationGroup::of(params.batch, &params.heads, 1);
   params.vectors.student[0] = params.student;
   params.vectors.teacher[0] = params.teacher;
-  params.wide_heads = wide_heads.const_data_ptr<int>();
+  params.wide_heads = wide_heads.mutable_data_ptr<int>();
   return params;
 }
 
@@ -121,6 +121,16 @@ at::Tensor visible_pairs(const Relation& r) {
   return r.causal ? all.tril() : all;
 }
 
+/// What a kernel is told of the largest of each 64 logits of a token with itself, in units of log 2.
+/// @param at_least nats, of the first
+at::Tensor largest_of_blocks(const Relation& r, const at::Tensor& own, double at_least) {
+  const int64_t blocks = (r.tokens + 63) / 64;
+  const at::Tensor padded = at::constant_pad_nd(own, {0, 64 * blocks - r.tokens});
+  const at::Tensor largest = padded.view({own.size(0), blocks, 64}).amax(2).to(at::kFloat).contiguous();
+  largest.select(1, 0).clamp_min_(at_least * std::log2(std::exp(1.0)));
+  return largest.view(at::kInt);
+}
+
 double largest_relative_error(const at::Tensor& computed, const at::Tensor& exact, const at::Tensor& size) {
   return ((computed.to(at::kDouble) - exact).abs() / size).nan_to_num(0).max().item<double>();
 }
@@ -138,24 +148,35 @@ TEST_P(TriangularSm90, Forward) {
   const Relation& r = GetParam();
   const Problem p = problem_of(r);
   const at::Tensor own = p.t.diagonal(0, 1, 2);
-  const at::Tensor center = (own.amax(1, true) + own.amin(1, true)) / 4;
+  const at::Tensor references = own.to(at::kFloat).contiguous();
+  // Whether heads are plain depends on their largest logit, here on what the kernel is told of it.
+  const at::Tensor largest = largest_of_blocks(r, own, r.plain ? 0 : 61);
+  const at::Tensor center = r.plain ? at::full({r.batch * r.heads, 1}, cuda::kHeadroom / 2, at::kDouble)
+                                    : largest.view(at::kFloat).amax(1, true).to(at::kDouble) / 4;
   const at::Tensor values = (r.plain ? at::stack({at::zeros_like(own), at::ones_like(own)}, 2)
                                      : at::stack({own / 2 - cuda::kHeadroom / 2, at::exp2(own / 2 - center)}, 2))
                                 .to(at::kFloat)
                                 .contiguous();
-  const at::Tensor plain = at::full({r.batch * r.heads}, r.plain ? 1 : 0, at::kInt);
-  const at::Tensor wide = at::zeros({r.batch * r.heads}, at::kInt);
+  const at::Tensor plain = at::full({r.batch * r.heads}, -1, at::kInt);
+  const at::Tensor wide = at::full({r.batch * r.heads}, r.rows ? 0 : -1, at::kInt);
   const at::Tensor sums = at::zeros({r.batch * r.heads, cuda::kSums, r.tokens}, at::kFloat);
   auto params = params_of<cuda::TriangularForwardParams>(r, p, wide);
   params.token_values = reinterpret_cast<const ForwardToken*>(values.const_data_ptr<float>());
-  const at::Tensor centers = center.to(at::kFloat);
-  params.centers = centers.const_data_ptr<float>();
-  params.plain_heads = plain.const_data_ptr<int>();
+  params.references = references.const_data_ptr<float>();
+  params.largest = largest.const_data_ptr<int>();
+  const at::Tensor centers = r.rows ? center.to(at::kFloat) : at::full(center.sizes(), NAN, at::kFloat);
+  params.centers = centers.mutable_data_ptr<float>();
+  params.plain_heads = plain.mutable_data_ptr<int>();
   params.sums = sums.mutable_data_ptr<float>();
   const at::Tensor own_logits = at::full({r.batch * r.heads, r.tokens, 2}, NAN, at::kFloat);
   params.own = reinterpret_cast<cuda::OwnLogit*>(own_logits.mutable_data_ptr<float>());
   ASSERT_EQ(launch(r, params), cudaSuccess);
 
+  EXPECT_TRUE(at::equal(centers, center.to(at::kFloat)));
+  EXPECT_TRUE(wide.eq(0).all().item<bool>());
+  if (!r.rows) {
+    EXPECT_TRUE(plain.eq(r.plain ? 1 : 0).all().item<bool>());
+  }
   EXPECT_LT((own_logits.select(2, 0).to(at::kDouble) - own).abs().max().item<double>(), 1e-4);
   EXPECT_LT((own_logits.select(2, 1).to(at::kDouble) - p.x.diagonal(0, 1, 2)).abs().max().item<double>(), 1e-4);
   const at::Tensor bias = values.select(2, 0).to(at::kDouble);
@@ -263,13 +284,21 @@ void expect_wide_heads_left_alone(const Relation& r) {
   const at::Tensor values = at::ones({r.heads, r.tokens, 4}, at::kFloat);
   const at::Tensor sums = at::zeros({r.heads, cuda::kSums, r.tokens}, at::kFloat);
   auto forward = params_of<cuda::TriangularForwardParams>(r, p, wide);
+  const at::Tensor references = at::ones({r.heads, r.tokens}, at::kFloat);
+  const at::Tensor largest = largest_of_blocks(r, references.to(at::kDouble), 0);
+  largest[1].copy_(largest_of_blocks(r, references.to(at::kDouble), cuda::kLargestSpread)[1]);
+  const at::Tensor plain = at::full({r.heads}, -1, at::kInt);
+  forward.references = references.const_data_ptr<float>();
+  forward.largest = largest.const_data_ptr<int>();
+  forward.plain_heads = plain.mutable_data_ptr<int>();
   forward.token_values = reinterpret_cast<const ForwardToken*>(values.const_data_ptr<float>());
   const at::Tensor centers = at::zeros({r.heads}, at::kFloat);
-  forward.centers = centers.const_data_ptr<float>();
+  forward.centers = centers.mutable_data_ptr<float>();
   forward.sums = sums.mutable_data_ptr<float>();
   const at::Tensor own_logits = at::empty({r.heads, r.tokens, 2}, at::kFloat);
   forward.own = reinterpret_cast<cuda::OwnLogit*>(own_logits.mutable_data_ptr<float>());
   ASSERT_EQ(launch(r, forward), cudaSuccess);
+  EXPECT_TRUE(at::equal(wide, at::tensor({0, 1}, at::kInt)));
   EXPECT_NE(sums[0].abs().sum().item<float>(), 0);
   EXPECT_EQ(sums[1].abs().sum().item<float>(), 0);
 

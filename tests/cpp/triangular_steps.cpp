@@ -21,6 +21,10 @@ constexpr int kMultiprocessors = 8;
 
 template <typename T>
 cudaError_t launch_hopper(const cuda::TriangularForwardParams& p) {
+  if (p.traversal == Traversal::kRows) {
+    if (p.student.dim <= 64) return cuda::sm90::launch_rows_forward<T, 64>(p, kMultiprocessors, nullptr);
+    return cuda::sm90::launch_rows_forward<T, 128>(p, kMultiprocessors, nullptr);
+  }
   if (p.student.dim <= 64) return cuda::sm90::launch_forward<T, 64>(p, kMultiprocessors, nullptr);
   return cuda::sm90::launch_forward<T, 128>(p, kMultiprocessors, nullptr);
 }
@@ -80,18 +84,21 @@ std::vector<Rows> run_forward(const std::vector<KernelProblem>& relations, Trave
   prepare.scale_student = first.scale_student();
   prepare.scale_teacher = first.scale_teacher();
   prepare.largest = largest.mutable_data_ptr<int>();
-  prepare.token_values = reinterpret_cast<cuda::ForwardToken*>(token_values.mutable_data_ptr<float>());
-  params.token_values = finish.token_values = prepare.token_values;
+  const at::Tensor plain_heads = ints({problems});
+  params.largest = prepare.largest;
+  if (kernels == Kernels::kHopper && traversal == Traversal::kTriangular) {
+    params.references = finish.references = prepare.references = token_values.mutable_data_ptr<float>();
+    finish.plain_heads = params.plain_heads = plain_heads.mutable_data_ptr<int>();
+  } else {
+    prepare.token_values = reinterpret_cast<cuda::ForwardToken*>(token_values.mutable_data_ptr<float>());
+    params.token_values = finish.token_values = prepare.token_values;
+  }
   params.own = prepare.own = reinterpret_cast<cuda::OwnLogit*>(own.mutable_data_ptr<float>());
   finish.own = params.own;
   prepare.centers = centers.mutable_data_ptr<float>();
-  params.centers = finish.centers = prepare.centers;
+  finish.centers = params.centers = prepare.centers;
   prepare.wide_heads = wide_heads.mutable_data_ptr<int>();
-  params.wide_heads = finish.wide_heads = prepare.wide_heads;
-  const at::Tensor plain_heads = ints({problems});
-  if (kernels == Kernels::kHopper && !params.causal && traversal == Traversal::kTriangular) {
-    params.plain_heads = prepare.plain_heads = plain_heads.mutable_data_ptr<int>();
-  }
+  finish.wide_heads = params.wide_heads = prepare.wide_heads;
   params.sums = prepare.sums = sums.mutable_data_ptr<float>();
   finish.sums = params.sums;
   finish.row_counts = prepare.row_counts = counts.mutable_data_ptr<int>();
@@ -153,7 +160,7 @@ std::vector<Gradient> run_backward(const std::vector<KernelProblem>& relations,
   prepare.token_values = reinterpret_cast<cuda::BackwardToken*>(token_values.mutable_data_ptr<float>());
   params.token_values = prepare.token_values;
   prepare.wide_heads = wide_heads.mutable_data_ptr<int>();
-  params.wide_heads = finish.wide_heads = prepare.wide_heads;
+  finish.wide_heads = params.wide_heads = prepare.wide_heads;
   const at::Tensor plain_heads = at::full({problems}, -1, at::kInt);
   if (kernels == Kernels::kHopper && traversal == Traversal::kTriangular) {
     params.plain_heads = prepare.plain_heads = plain_heads.mutable_data_ptr<int>();
