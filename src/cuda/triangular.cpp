@@ -146,7 +146,7 @@ std::vector<Group<Params>> groups_of(const std::vector<Relation>& relations,
   return groups;
 }
 
-/// One block of memory, given away part by part.
+/// One block of memory, given away part by part: those of the strictest alignment first.
 class Arena {
  public:
   explicit Arena(at::Tensor memory) : memory_(std::move(memory)), next_(memory_.mutable_data_ptr<float>()) {}
@@ -154,6 +154,7 @@ class Arena {
   template <typename T>
   T* take(int64_t count) {
     static_assert(sizeof(T) % sizeof(float) == 0 && alignof(T) <= 16);
+    TORCH_INTERNAL_ASSERT(reinterpret_cast<uintptr_t>(next_) % alignof(T) == 0);
     T* begin = reinterpret_cast<T*>(next_);
     next_ += count * static_cast<int64_t>(sizeof(T) / sizeof(float));
     return begin;
@@ -216,14 +217,14 @@ void run_group(const Group<TriangularForwardParams>& group,
   finish.visibility = first.memory.visibility;
   finish.factors = params.factors;
   finish.ordered = first.deterministic;
+  params.own = prepare.own = arena.take<OwnLogit>(problems * tokens);
+  finish.own = params.own;
   if (runs_on_hopper(params) && !stands_alone(params)) {
     params.references = finish.references = prepare.references = arena.take<float>(problems * tokens);
     finish.plain_heads = params.plain_heads = arena.take<int>(problems);
   } else {
     params.token_values = finish.token_values = prepare.token_values = arena.take<ForwardToken>(problems * tokens);
   }
-  params.own = prepare.own = arena.take<OwnLogit>(problems * tokens);
-  finish.own = params.own;
   params.sums = prepare.sums = arena.take<float>(problems * kSums * tokens);
   finish.sums = params.sums;
   finish.row_lists = arena.take<int>(problems * tokens);
