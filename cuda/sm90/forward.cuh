@@ -296,21 +296,21 @@ class Forward {
     mbarrier_wait(teacher_loaded(), 0);
 #pragma unroll 1
     for (int tile = begin_; tile < end_; ++tile, visitors.advance()) {
-      const int first_row = tile * kTileTokens + row_of_thread();
-      const bool counts_plainly =
-          head.is_plain && tile * kTileTokens >= first_owner + kGroupOwners && tile * kTileTokens + kTileTokens <= p_.tokens;
+      const int first_visitor = tile * kTileTokens;
+      const bool all_later = first_visitor >= first_owner + kGroupOwners;
+      const bool counts_plainly = head.is_plain && all_later && first_visitor + kTileTokens <= p_.tokens;
       ForwardRows rows{{{0.f, 1.f}, {0.f, 1.f}}, {}};
       if (!counts_plainly) {
         rows.values[0] = visitors.value(head, 0);
         rows.values[1] = visitors.value(head, 8);
       }
       multiply_tile(student, teacher, position, operands);
-      if (tile * kTileTokens + kTileTokens - 1 <= first_owner) continue;
-      const Diagonal diagonal{first_row - first_owner - column_of_thread()};
-      if (tile * kTileTokens >= first_owner + kGroupOwners) {
+      if (first_visitor + kTileTokens - 1 <= first_owner) continue;
+      const Diagonal diagonal{first_visitor + row_of_thread() - first_owner - column_of_thread()};
+      if (all_later) {
         add_pairs<false>(student, teacher, factors, counts_plainly, columns, diagonal, rows, owner_sums);
       } else {
-        write_own(student, teacher, factors, diagonal, first_row);
+        write_own(student, teacher, factors, diagonal, first_visitor + row_of_thread());
         add_pairs<true>(student, teacher, factors, false, columns, diagonal, rows, owner_sums);
       }
       write_visitors(rows.sums, visitors);
