@@ -23,8 +23,6 @@ enum class Blocks { kAll, kMarked, kAllIfAnyIsMarked };
 cudaError_t forward_in_double(const ForwardParams& params, Blocks blocks, cudaStream_t stream);
 cudaError_t backward_in_double(const BackwardParams& params, Blocks blocks, cudaStream_t stream);
 
-cudaError_t mean(const MeanParams& params, cudaStream_t stream);
-
 /// Before the generic kernels of inputs that are not float64, where the scales allow the difference form.
 cudaError_t measure_closeness(const ClosenessParams& params, cudaStream_t stream);
 

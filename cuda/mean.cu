@@ -2,7 +2,6 @@
 
 #include "common/instructions.cuh"
 #include "common/launch.cuh"
-#include "launch.h"
 #include "means.h"
 
 namespace linearard::cuda {
@@ -108,6 +107,17 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ M
   }
 }
 
+__global__ void __launch_bounds__(32) quotient_kernel(const __grid_constant__ QuotientParams p) {
+  wait_for_kernels_ahead();
+  let_next_kernel_begin();
+  if (threadIdx.x != 0) return;
+  if (p.type == Scalar::kDouble) {
+    *static_cast<double*>(p.result) = *static_cast<const double*>(p.number) / p.divisor;
+  } else {
+    *static_cast<float*>(p.result) = static_cast<float>(*static_cast<const float*>(p.number) / p.divisor);
+  }
+}
+
 template <typename Real>
 cudaError_t launch_means(const MeansParams& p, cudaStream_t stream) {
   const auto lists = static_cast<unsigned>(p.lists);
@@ -127,15 +137,8 @@ cudaError_t means(const MeansParams& params, cudaStream_t stream) {
   return params.type == Scalar::kDouble ? launch_means<double>(params, stream) : launch_means<float>(params, stream);
 }
 
-cudaError_t mean(const MeanParams& params, cudaStream_t stream) {
-  MeansParams list{};
-  list.lists = 1;
-  list.type = params.type;
-  list.values[0] = params.values;
-  list.counts[0] = params.count;
-  list.partial = params.partial;
-  list.means = params.mean;
-  return means(list, stream);
+cudaError_t quotient(const QuotientParams& params, cudaStream_t stream) {
+  return launch_overlapping(quotient_kernel, dim3(1), 32, 0, stream, params);
 }
 
 }  // namespace linearard::cuda

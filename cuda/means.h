@@ -9,6 +9,7 @@
 namespace linearard::cuda {
 
 inline constexpr int kLargestMeans = 32;
+inline constexpr int kMeanPartials = 256;
 
 /// The mean of each list, summed in double in an order that does not change.
 struct MeansParams {
@@ -22,5 +23,15 @@ struct MeansParams {
 };
 
 cudaError_t means(const MeansParams& params, cudaStream_t stream);
+
+/// One number divided by another.
+struct QuotientParams {
+  Scalar type;  ///< kFloat or kDouble, of the result as well
+  const void* number;
+  double divisor;
+  void* result;
+};
+
+cudaError_t quotient(const QuotientParams& params, cudaStream_t stream);
 
 }  // namespace linearard::cuda

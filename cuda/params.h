@@ -145,14 +145,4 @@ struct RangeParams {
   Range* key_ranges;        ///< [B, keys]
 };
 
-/// The mean of all numbers, summed in double in an order that does not change.
-inline constexpr int kMeanPartials = 256;
-struct MeanParams {
-  const void* values;
-  Scalar type;  ///< kFloat or kDouble, of the mean as well
-  int64_t count;
-  double* partial;  ///< [kMeanPartials]
-  void* mean;       ///< cut to the largest finite value
-};
-
 }  // namespace linearard::cuda

@@ -151,7 +151,7 @@ class MeanOfRows : public Function<MeanOfRows> {
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     const auto& data = context->saved_data;
-    const at::Tensor one = gradients[0].div(at::Scalar(data.at("count").toSymInt()));
+    const at::Tensor one = call_mean_of_rows_backward(gradients[0], data.at("count").toSymInt());
     return {one.expand_symint(data.at("sizes").toSymIntVector())};
   }
 };

@@ -68,6 +68,11 @@ at::Tensor call_mean_of_rows(const at::Tensor& kl) {
   return op.call(kl);
 }
 
+at::Tensor call_mean_of_rows_backward(const at::Tensor& grad, const c10::SymInt& count) {
+  static const auto op = typed_operator<at::Tensor(const at::Tensor&, c10::SymInt)>("linearard::mean_of_rows_backward");
+  return op.call(grad, count);
+}
+
 TwoTensors call_means_of_rows(at::TensorList kl) {
   static const auto op = typed_operator<TwoTensors(at::TensorList)>("linearard::means_of_rows");
   return op.call(kl);

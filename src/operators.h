@@ -6,6 +6,7 @@
 #include <vector>
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
 
 #include <linearard/options.h>
 
@@ -131,6 +132,7 @@ TensorVector call_layer_relation_kl_backward(at::TensorList grad_kl,
                                              at::TensorList lse_teacher,
                                              const RelationOptions& options);
 at::Tensor call_mean_of_rows(const at::Tensor& kl);
+at::Tensor call_mean_of_rows_backward(const at::Tensor& grad, const c10::SymInt& count);
 TwoTensors call_means_of_rows(at::TensorList kl);
 at::Tensor call_relation_lse(const at::Tensor& x, const RelationOptions& options);
 ThreeTensors call_attention_kl_forward(const at::Tensor& query_student,

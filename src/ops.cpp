@@ -39,6 +39,8 @@ TORCH_LIBRARY(linearard, m) {
       "bool? deterministic=None) -> Tensor[]");
   // The mean over all rows of kl, summed in float64: the reduction of the operators that return a loss.
   m.def("mean_of_rows(Tensor kl) -> Tensor");
+  // Its backward: the gradient of each of `count` rows, one number for all.
+  m.def("mean_of_rows_backward(Tensor grad, SymInt count) -> Tensor");
   // The same of each tensor of a list, [R], and the inverse of how many rows each has, [R]: the gradient of each row.
   m.def("means_of_rows(Tensor[] kl) -> (Tensor mean, Tensor inverse_count)");
   m.def(

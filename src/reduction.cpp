@@ -1,6 +1,7 @@
 #include "reduction.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include <ATen/TensorOperators.h>
@@ -78,6 +79,10 @@ namespace {
 /// For any device; CUDA has a kernel.
 at::Tensor mean_of_rows(const at::Tensor& kl) { return saturating_cast(kl.mean(at::kDouble), kl.scalar_type()); }
 
+at::Tensor mean_of_rows_backward(const at::Tensor& grad, c10::SymInt count) {
+  return grad.div(at::Scalar(std::move(count)));
+}
+
 TwoTensors means_of_rows(at::TensorList kl) {
   std::vector<at::Tensor> means;
   std::vector<double> inverse_counts;
@@ -94,5 +99,6 @@ TwoTensors means_of_rows(at::TensorList kl) {
 
 TORCH_LIBRARY_IMPL(linearard, CompositeExplicitAutograd, m) {
   m.impl("mean_of_rows", &linearard::mean_of_rows);
+  m.impl("mean_of_rows_backward", &linearard::mean_of_rows_backward);
   m.impl("means_of_rows", &linearard::means_of_rows);
 }

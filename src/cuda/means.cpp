@@ -2,6 +2,7 @@
 #include <vector>
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
@@ -40,9 +41,13 @@ void launch_means(at::TensorList lists, const at::Tensor& to, const at::Tensor& 
   }
 }
 
+void check_real(const char* name, const char* argument, const at::Tensor& tensor) {
+  TORCH_CHECK(tensor.scalar_type() == at::kDouble || tensor.scalar_type() == at::kFloat, name, ": ", argument,
+              " must be float32 or float64, got ", tensor.scalar_type());
+}
+
 void check_rows(const char* name, const at::Tensor& kl) {
-  TORCH_CHECK(kl.scalar_type() == at::kDouble || kl.scalar_type() == at::kFloat, name,
-              ": kl must be float32 or float64, got ", kl.scalar_type());
+  check_real(name, "kl", kl);
   TORCH_CHECK(kl.numel() > 0, name, ": kl must not be empty");
 }
 
@@ -51,6 +56,18 @@ at::Tensor mean_of_rows(const at::Tensor& kl) {
   check_rows("mean_of_rows", kl);
   at::Tensor result = at::empty({}, kl.options());
   launch_means(kl.contiguous(), result, {});
+  return result;
+}
+
+at::Tensor mean_of_rows_backward(const at::Tensor& grad, int64_t count) {
+  const c10::DeviceGuard guard(grad.device());
+  check_real("mean_of_rows_backward", "grad", grad);
+  TORCH_CHECK(grad.numel() == 1, "mean_of_rows_backward: grad must be one number, got ", grad.numel());
+  at::Tensor result = at::empty_like(grad);
+  const Scalar type = grad.scalar_type() == at::kDouble ? Scalar::kDouble : Scalar::kFloat;
+  check_launch(quotient({type, grad.const_data_ptr(), static_cast<double>(count), result.mutable_data_ptr()},
+                        current_stream(grad.device())),
+               "gradient of a mean", grad.device());
   return result;
 }
 
@@ -75,5 +92,6 @@ TwoTensors means_of_rows(at::TensorList kl) {
 
 TORCH_LIBRARY_IMPL(linearard, CUDA, m) {
   m.impl("mean_of_rows", &linearard::cuda::mean_of_rows);
+  m.impl("mean_of_rows_backward", &linearard::cuda::mean_of_rows_backward);
   m.impl("means_of_rows", &linearard::cuda::means_of_rows);
 }

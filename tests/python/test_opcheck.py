@@ -67,6 +67,9 @@ def test_mean_of_rows(device, dtype):
     torch.testing.assert_close(ops.mean_of_rows(kl), kl.mean())
     (gradient,) = torch.autograd.grad(ops.mean_of_rows(kl), kl)
     torch.testing.assert_close(gradient, torch.full_like(kl, 1 / 30))
+    grad = torch.tensor(3.0, dtype=dtype, device=device)
+    torch.library.opcheck(ops.mean_of_rows_backward.default, (grad, 7))
+    torch.testing.assert_close(ops.mean_of_rows_backward(grad, 7), grad / 7)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
