@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 LENGTHS = (1, 4, 8, 16, 32, 64)
+STAGES = {"ard": "ARD", "longred": "LongReD", "cpt": "CPT"}
 Runs = dict[tuple[str, str], list[dict[str, Any]]]
 
 
@@ -29,9 +30,9 @@ def read(files: list[Path]) -> Runs:
     return dict(sorted(runs.items(), key=lambda item: names.index(item[0][0])))
 
 
-def label(name: str, stage: str) -> str:
-    """What a row is called: a stage counts where there are several."""
-    return name if stage in ("teacher", "untrained") else f"{name}: {stage}"
+def label(runs: Runs, name: str, stage: str) -> str:
+    """What a row is called: the stage is part of it where a run has several."""
+    return f"{name}: after {STAGES[stage]}" if sum(other == name for other, _ in runs) > 1 else name
 
 
 def mean(runs: list[dict[str, Any]], field: str) -> float | None:
@@ -50,8 +51,8 @@ def shown(values: list[float], form: str) -> str:
 
 def table(runs: Runs, teacher: dict[str, Any], scaled: dict[str, Any]) -> str:
     """Markdown."""
-    heads = ["", "tokens", "seeds", "last words, closed", "perplexity, closed", "last 2K of 32K", "tasks",
-             "of the teacher's", "passkey", "training"]  # fmt: skip
+    heads = ["", "tokens", "seeds", "last words, closed", "perplexity, closed", "last 2K of 32K",
+             "tasks, of the teacher's", "passkey", "training"]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for (name, stage), group in runs.items():
 
@@ -65,17 +66,15 @@ def table(runs: Runs, teacher: dict[str, Any], scaled: dict[str, Any]) -> str:
             found = [100 * (scaled[field] - value) / distance for value in values(field)]
             return f"{shown(found, '.1f')} %" if found else ""
 
-        tasks = [100 * value for value in values("dev4")]
-        share = [value / teacher["dev4"] for value in tasks] if teacher.get("dev4") else []
+        share = [100 * value / teacher["dev4"] for value in values("dev4")] if teacher.get("dev4") else []
         keys = [mean(group, f"k{length}") for length in LENGTHS]
         cells = [
-            label(name, stage),
-            f"{group[0].get('tokens', 0) / 1e6:.2f}M",
+            label(runs, name, stage),
+            f"{group[0]['tokens'] / 1e6:.2f}M" if "tokens" in group[0] else "",
             str(len(group)),
             closed("lam"),
             closed("ppl"),
             shown(values("p32b"), ".1f"),
-            f"{shown(tasks, '.1f')} %" if tasks else "",
             f"{shown(share, '.1f')} %" if share else "",
             " ".join(f"{key:.2f}" for key in keys if key is not None),
             f"{shown(values('seconds'), '.0f')} s" if values("seconds") else "",
@@ -92,7 +91,7 @@ def draw(runs: Runs, teacher: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     wanted = {key: group for key, group in runs.items() if mean(group, "dev4") is not None}
-    labels = [label(name, stage) for name, stage in wanted]
+    labels = [label(runs, name, stage) for name, stage in wanted]
     figure, (short, retrieval) = pyplot.subplots(
         1, 2, figsize=(12, 1.2 + 0.32 * len(labels)), sharey=True, layout="constrained"
     )

@@ -7,6 +7,7 @@
 #include <emulation/block.h>
 #include <instantiations/declarations.h>
 #include <instantiations/generic.h>
+#include <means.h>
 
 #include "kernel_parameters.h"
 #include "reference.h"
@@ -201,23 +202,37 @@ TEST(EmulatedMean, AgreesWithFloat64) {
     for (const int64_t count : {1, 700, 32768, 32769, 4300000}) {
       const at::Tensor values = (at::arange(count, at::kDouble).sin() + 1.5).to(type);
       const at::Tensor partial = at::full({cuda::kMeanPartials}, NAN, at::kDouble);
-      const at::Tensor result = at::full({}, NAN, type);
-      const auto launch_mean = [&] {
-        const auto scalar = type == at::kFloat ? cuda::Scalar::kFloat : cuda::Scalar::kDouble;
-        return cuda::mean(
-            {values.const_data_ptr(), scalar, count, partial.mutable_data_ptr<double>(), result.mutable_data_ptr()},
-            nullptr);
-      };
-      EXPECT_EQ(launch_mean(), cudaSuccess);
+      const at::Tensor results = at::full({2}, NAN, type);
+      cuda::MeansParams params{};
+      params.lists = 1;
+      params.type = type == at::kFloat ? cuda::Scalar::kFloat : cuda::Scalar::kDouble;
+      params.values[0] = values.const_data_ptr();
+      params.counts[0] = count;
+      params.partial = partial.mutable_data_ptr<double>();
+      params.means = results[0].mutable_data_ptr();
+      params.inverse_counts = results[1].mutable_data_ptr();
+      EXPECT_EQ(cuda::means(params, nullptr), cudaSuccess);
       const double exact = values.mean(at::kDouble).item<double>();
-      EXPECT_NEAR(result.item<double>(), exact, (type == at::kFloat ? 1e-7 : 1e-14) * exact);
+      const double rounding = type == at::kFloat ? 1e-7 : 1e-14;
+      EXPECT_NEAR(results[0].item<double>(), exact, rounding * exact);
+      EXPECT_NEAR(results[1].item<double>() * static_cast<double>(count), 1, rounding);
       values.fill_(type == at::kFloat ? 3.4e38 : 1.7e308);
-      EXPECT_EQ(launch_mean(), cudaSuccess);
-      EXPECT_TRUE(std::isfinite(result.item<double>()));
+      EXPECT_EQ(cuda::means(params, nullptr), cudaSuccess);
+      EXPECT_TRUE(std::isfinite(results[0].item<double>()));
       values[count / 2] = NAN;
-      EXPECT_EQ(launch_mean(), cudaSuccess);
-      EXPECT_TRUE(std::isnan(result.item<double>()));
+      EXPECT_EQ(cuda::means(params, nullptr), cudaSuccess);
+      EXPECT_TRUE(std::isnan(results[0].item<double>()));
     }
+  }
+}
+
+TEST(EmulatedMean, ItsGradientIsAQuotient) {
+  for (const at::ScalarType type : {at::kFloat, at::kDouble}) {
+    const at::Tensor number = at::full({}, 3, type);
+    const at::Tensor result = at::full({}, NAN, type);
+    const auto scalar = type == at::kFloat ? cuda::Scalar::kFloat : cuda::Scalar::kDouble;
+    EXPECT_EQ(cuda::quotient({scalar, number.const_data_ptr(), 7, result.mutable_data_ptr()}, nullptr), cudaSuccess);
+    EXPECT_TRUE(at::equal(result, number / 7));
   }
 }
 

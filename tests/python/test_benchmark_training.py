@@ -74,5 +74,6 @@ def test_runs_of_two_seeds_and_their_table(tmp_path: Path, capsys: pytest.Captur
     rows = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines()}
     assert "| 100.0 % |" in rows["teacher"]
     assert "| 0.0 % |" in rows["PI x4 untrained"]
-    assert "±" in rows["both: cpt"]
+    assert "±" in rows["both: after CPT"]
+    assert "0.00M" in rows["short, 1 steps"]
     assert (tmp_path / "picture.png").stat().st_size > 1000
