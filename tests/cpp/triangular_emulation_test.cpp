@@ -155,6 +155,28 @@ TEST(EmulatedTriangularRows, LogitsThatMoveTogether) {
   }
 }
 
+/// A token that the teacher hardly sees beside the others, e^-35, is nearly all that the student sees: what is left of
+/// the others' probability has no digits beside 1.
+TEST(EmulatedTriangularRows, RowThatTurnsToItsOwnToken) {
+  const at::Tensor vectors = 0.3 * testing::gaussian(1, 1, 200, 64, 9);
+  vectors.select(3, 0).fill_(31);
+  vectors.select(3, 63).zero_();
+  vectors.select(2, 77).mul_(0.5);
+  const at::Tensor teacher = vectors.to(at::kBFloat16);
+  const at::Tensor student = teacher.clone();
+  student.select(2, 77).select(2, 63).fill_(22);  // all others have nothing there
+  const KernelProblem problem = testing::relation_problem(student, teacher);
+  const auto exact = testing::reference_relation(student.to(at::kDouble), teacher, {});
+  const at::Tensor kl = std::get<0>(exact).flatten()[77];
+  EXPECT_NEAR(kl.item<double>(), 25, 1);
+  for (const testing::Kernels kernels : {testing::Kernels::kPortable, testing::Kernels::kHopper}) {
+    const auto rows = testing::run_forward({problem}, Traversal::kTriangular, kernels)[0];
+    EXPECT_EQ(rows.listed, 0);
+    EXPECT_NEAR(rows.result.kl.flatten()[77].item<double>(), kl.item<double>(), 1e-4 * kl.item<double>());
+    EXPECT_LE((rows.result.lse_student - std::get<1>(exact)).abs().max().item<double>(), 1e-4);
+  }
+}
+
 TEST(EmulatedTriangularRows, OneGradientForAllRows) {
   for (const at::ScalarType type : {at::kBFloat16, at::kHalf}) {
     const auto [student, teacher] = testing::student_and_teacher(1, 2, 200, type == at::kHalf ? 128 : 64, type);
