@@ -122,12 +122,12 @@ at::Tensor visible_pairs(const Relation& r) {
 }
 
 /// What a kernel is told of the largest of each 64 logits of a token with itself, in units of log 2.
-/// @param at_least nats, of the first
+/// @param at_least nats, of the last
 at::Tensor largest_of_blocks(const Relation& r, const at::Tensor& own, double at_least) {
   const int64_t blocks = (r.tokens + 63) / 64;
   const at::Tensor padded = at::constant_pad_nd(own, {0, 64 * blocks - r.tokens});
   const at::Tensor largest = padded.view({own.size(0), blocks, 64}).amax(2).to(at::kFloat).contiguous();
-  largest.select(1, 0).clamp_min_(at_least * std::log2(std::exp(1.0)));
+  largest.select(1, blocks - 1).clamp_min_(at_least * std::log2(std::exp(1.0)));
   return largest.view(at::kInt);
 }
 
@@ -262,6 +262,7 @@ INSTANTIATE_TEST_SUITE_P(
         Relation{.heads = 1, .tokens = 400, .dim = 128, .multiprocessors = 132, .schedule = 4},
         Relation{.heads = 1, .tokens = 300, .dim = 96, .type = kHalf, .causal = true, .schedule = 5},
         Relation{.heads = 1, .tokens = 150, .dim = 256, .noise = 0.2, .schedule = 6},
+        Relation{.heads = 1, .tokens = 2060, .dim = 32},  // more blocks' largest than a warp reads at once
         Relation{.tokens = 330, .dim = 64, .plain = true},
         Relation{.heads = 3, .tokens = 400, .dim = 64, .type = kHalf, .plain = true, .noise = 0.5, .schedule = 13},
         Relation{.batch = 2, .tokens = 257, .dim = 96, .plain = true, .multiprocessors = 64, .schedule = 14},
