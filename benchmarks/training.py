@@ -55,9 +55,11 @@ from linearard.trainer import ARDTrainer
 from linearard.training_config import ARDConfig, CPTConfig, LongREDConfig
 
 # What of the package's defaults the runs change: docs/training.md says why.
-ARD = {"sequence_length": 4096, "per_device_train_batch_size": 1}
-CPT = {"sequence_length": 32768, "learning_rate": 2e-4, "cuda_graphs": False}
-LONGRED = {"learning_rate": 2e-4, "max_steps": 14, "cuda_graphs": False}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "ard": {},
+    "cpt": {"sequence_length": 32768, "learning_rate": 2e-4, "cuda_graphs": False},
+    "longred": {"learning_rate": 2e-4, "max_steps": 14, "cuda_graphs": False},
+}
 TASKS = ("arc_easy", "boolq", "openbook_qa", "lambada_openai")
 SHORT, PERPLEXITY, LONG, PASSKEY = "short", "perplexity", "long", "passkey"
 WINDOWS, WINDOW = 64, 2048
@@ -228,11 +230,11 @@ class Run:
             return
         self.contexts = Contexts(context_of(model), round(context_of(model) * RopeScaling.parse(self.scaling).factor))
         if "ard" in self.settings:
-            settings = ARDConfig(scaling=self.scaling, **self.common("ard", ARD))
+            settings = ARDConfig(scaling=self.scaling, **self.common("ard"))
             trainer = ARDTrainer(model, settings, train_dataset=self.dataset(settings))
             model = self.train(trainer, "ard", emit)
         elif "longred" in self.settings:
-            red = LongREDConfig(**self.common("longred", LONGRED))
+            red = LongREDConfig(**self.common("longred"))
             model = self.train(
                 LongREDTrainer(model, red, self.scaling, train_dataset=self.dataset(red)), "longred", emit
             )
@@ -243,10 +245,10 @@ class Run:
                 emit("untrained", self.score(model))
             return
         disable_capture(model)
-        cpt = CPTConfig(**self.common("cpt", CPT))
+        cpt = CPTConfig(**self.common("cpt"))
         self.train(CPTTrainer(model, cpt, train_dataset=self.dataset(cpt)), "cpt", emit)
 
-    def common(self, stage: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    def common(self, stage: str) -> dict[str, Any]:
         """All settings of a stage."""
         on_gpu = self.options.device.type == "cuda"
         return {
@@ -257,7 +259,7 @@ class Run:
             "disable_tqdm": True,
             "logging_steps": 16,
             **({"bf16": True} if on_gpu else {"use_cpu": True}),
-            **defaults,
+            **DEFAULTS[stage],
             **self.settings[stage],
         }
 
