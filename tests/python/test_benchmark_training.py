@@ -32,7 +32,7 @@ def test_runs_of_two_seeds_and_their_table(tmp_path: Path, capsys: pytest.Captur
     write_text(tmp_path, 40_000)
     for name, rows in ROWS.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    ard = {"max_steps": 2, "per_device_train_batch_size": 1, "sequence_length": 32, "lora_rank": 4}
+    ard: dict[str, float] = {"max_steps": 2, "per_device_train_batch_size": 1, "sequence_length": 32, "lora_rank": 4}
     ard["repeated_share"] = 0.25
     settings = [
         {"name": "teacher", "teacher": True},
