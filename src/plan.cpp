@@ -3,7 +3,7 @@
 #include "checks.h"
 #include "cpu/relation.h"
 #ifdef LINEARARD_WITH_CUDA
-#include "cuda/backend.h"
+#include "cuda/relation_plan.h"
 #endif
 
 namespace linearard {

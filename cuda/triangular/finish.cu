@@ -68,7 +68,7 @@ __device__ Row row_of(double mass, double moment, double phi_sum, const OwnLogit
 
 __device__ float bias_of(const FinishForwardParams& p, int problem, int64_t index) {
   if (p.references == nullptr) return p.token_values[index].bias;
-  return ForwardHead{false, p.plain_heads[problem] != 0, 0}.bias(p.references[index]);
+  return token_bias(p.references[index], p.plain_heads[problem] != 0);
 }
 
 __global__ void __launch_bounds__(kThreads) finish_forward_kernel(const __grid_constant__ FinishForwardParams p) {

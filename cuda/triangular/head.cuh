@@ -9,6 +9,11 @@ namespace linearard::cuda::triangular {
 
 __device__ inline int blocks_of_head(int tokens) { return (tokens + kRedoRows - 1) / kRedoRows; }
 
+/// What the exponents of a token's row begin with. @param reference t_ii
+__device__ inline float token_bias(float reference, bool is_plain) {
+  return is_plain ? 0.f : reference / 2 - kHeadroom / 2;
+}
+
 struct ForwardHead {
   bool is_wide;
   bool is_plain;
@@ -35,9 +40,8 @@ struct ForwardHead {
   }
 
   /// @param reference t_ii
-  __device__ float bias(float reference) const { return is_plain ? 0.f : reference / 2 - kHeadroom / 2; }
   __device__ ForwardToken value(float reference) const {
-    return {bias(reference), is_plain ? 1.f : exp2f(reference / 2 - center)};
+    return {token_bias(reference, is_plain), is_plain ? 1.f : exp2f(reference / 2 - center)};
   }
 };
 
