@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -157,16 +157,24 @@ def enable_capture(model: nn.Module) -> list[int]:
 
 
 def masks_can_be_left_out(model: nn.Module) -> bool:
-    """Whether `without_masks` has an effect: capture is enabled, and there are no sliding windows."""
+    """Whether `without_masks` has an effect: capture is enabled, and every layer attends to all earlier tokens."""
     config = transformers_model(model).config
-    return config._attn_implementation == ATTENTION_NAME and getattr(config, "sliding_window", None) is None
+    return config._attn_implementation == ATTENTION_NAME and not _has_local_attention(config)
+
+
+def _has_local_attention(config: PretrainedConfig) -> bool:
+    """Whether masks keep any layer of the text decoder from a part of the earlier tokens (Gemma, Llama 4)."""
+    text = config.get_text_config(decoder=True)
+    limits = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    kinds = set(getattr(text, "layer_types", None) or ())
+    return any(limit is not None for limit in limits) or not kinds <= {"full_attention"}
 
 
 @contextmanager
 def without_masks(*models: nn.Module) -> Iterator[None]:
     """Run enabled models without looking for padding or packed sequences, which the batches must not have.
 
-    Models with sliding windows keep their masks.
+    Models with layers that attend to a part of the earlier tokens only keep their masks.
     """
     changed = [transformers_model(model).config for model in models if masks_can_be_left_out(model)]
     for config in changed:

@@ -49,8 +49,8 @@ class ARDLoss:
     tokens (the attention map is always causal, as the model is); divergence: "forward_kl", "reverse_kl" or "jsd";
     temperature: divides the logits of both sides (the factor temperature^2 that some put before the loss is left to the
     weights); layer_weights: by layer index, relative to each other (their weighted mean replaces the mean over layers),
-    1 where a layer is not named; attention_factor: of the student's RoPE (YaRN multiplies its queries and keys by it),
-    divided out of the relations that they take part in.
+    1 where a layer is not named; attention_factors: by layer index, of the student's RoPE (YaRN multiplies its queries
+    and keys by it), divided out of the relations that they take part in; 1 where a layer is not named.
     """
 
     weights: Mapping[str, float]
@@ -58,7 +58,7 @@ class ARDLoss:
     divergence: str = "forward_kl"
     temperature: float = 1.0
     layer_weights: Mapping[int, float] = field(default_factory=dict)
-    attention_factor: float = 1.0
+    attention_factors: Mapping[int, float] = field(default_factory=dict)
 
     def __call__(
         self,
@@ -117,10 +117,12 @@ class ARDLoss:
         structure = {"key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens}
         rows: dict[str, list[Tensor]] = {name: [] for name in self.weights}
         layers = sorted(student)
-        for group in _groups([student[layer] for layer in layers], [teacher[layer] for layer in layers]):
+        factors = [self.attention_factors.get(layer, 1.0) for layer in layers]
+        for group in _groups([student[layer] for layer in layers], [teacher[layer] for layer in layers], factors):
             own = _Stack([student[layers[place]] for place in group])
             other = _Stack([teacher[layers[place]].detach() for place in group])
-            for name, divergence in self._rows(own, other, structure).items():  # [B, layers x heads, N]
+            divergences = self._rows(own, other, factors[group[0]], structure)
+            for name, divergence in divergences.items():  # [B, layers x heads, N]
                 summed = divergence.unflatten(1, (len(group), -1)).sum((0, 2, 3), dtype=torch.float64)
                 rows[name].append(summed / (divergence.shape[1] // len(group)))
         query = student[layers[0]].query
@@ -131,7 +133,9 @@ class ARDLoss:
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         return {name: (torch.cat(values) / divisor).to(dtype) for name, values in rows.items()}
 
-    def _rows(self, own: "_Stack", other: "_Stack", structure: dict[str, Any]) -> dict[str, Tensor]:
+    def _rows(
+        self, own: "_Stack", other: "_Stack", attention_factor: float, structure: dict[str, Any]
+    ) -> dict[str, Tensor]:
         """The divergence of every row of each relation, [B, layers x heads, N]."""
         rows: dict[str, Tensor] = {}
         options: dict[str, Any] = {**structure, "divergence": self.divergence}
@@ -141,7 +145,7 @@ class ARDLoss:
                 own["key"],
                 other["query"],
                 other["key"],
-                scale_student=own.scale * self.attention_factor**-2 / self.temperature,
+                scale_student=own.scale * attention_factor**-2 / self.temperature,
                 scale_teacher=other.scale / self.temperature,
                 causal=True,
                 reduction="none",
@@ -152,7 +156,7 @@ class ARDLoss:
         for name in self.weights:
             if name == "attention":
                 continue
-            factor = 1.0 if name == "value" else self.attention_factor**-2
+            factor = 1.0 if name == "value" else attention_factor**-2
             scales = (
                 own[name].shape[-1] ** -0.5 * factor / self.temperature,
                 other[name].shape[-1] ** -0.5 / self.temperature,
@@ -194,16 +198,16 @@ def _weighted_sum(values: Tensor, weights: list[float]) -> Tensor:
     return torch.stack([weight * value for weight, value in zip(weights, values.unbind(), strict=True)]).sum()
 
 
-def _groups(student: list[LayerStates], teacher: list[LayerStates]) -> list[list[int]]:
-    """Runs of layers that can be stacked: of the same shapes, and small enough for the copy not to matter."""
+def _groups(student: list[LayerStates], teacher: list[LayerStates], factors: list[float]) -> list[list[int]]:
+    """Runs of layers that can be stacked: of one shape and factor, and small enough for the copy not to matter."""
 
     def kind(states: LayerStates) -> tuple[Any, ...]:
         return (states.scale, *((x.shape, x.dtype) for x in (states.query, states.key, states.value)))
 
     groups: list[list[int]] = []
     previous: tuple[Any, ...] | None = None
-    for place, (own, other) in enumerate(zip(student, teacher, strict=True)):
-        current = (kind(own), kind(other))
+    for place, (own, other, factor) in enumerate(zip(student, teacher, factors, strict=True)):
+        current = (kind(own), kind(other), factor)
         size = own.query.nbytes + own.key.nbytes + own.value.nbytes
         if current == previous and (len(groups[-1]) + 1) * size <= STACKED_BYTES:
             groups[-1].append(place)

@@ -18,7 +18,7 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,15 +211,21 @@ def scale_config(config: PretrainedConfig, scaling: RopeScaling) -> None:
         config.max_position_embeddings = round(config.max_position_embeddings * scaling.factor)
 
 
-def attention_factor(model: nn.Module) -> float:
-    """What the RoPE of `model` multiplies queries and keys by; other than 1 for YaRN and longrope."""
-    factors = [
-        float(value)
-        for _, _, module in _rotary_sites(transformers_model(model))
+def attention_factors(model: nn.Module, layers: Iterable[int]) -> dict[int, float]:
+    """What the RoPE of `model` multiplies queries and keys of these layers by; other than 1 for YaRN and longrope.
+
+    Where there is one RoPE per layer type (Gemma 3), each layer has that of its type.
+    """
+    base = transformers_model(model)
+    factors = {
+        name.removesuffix("attention_scaling").removesuffix("_"): float(value)
+        for _, _, module in _rotary_sites(base)
         for name, value in vars(module).items()
         if name.endswith("attention_scaling")
-    ]
-    return max(factors, default=1.0)
+    }
+    kinds = getattr(base.config.get_text_config(decoder=True), "layer_types", None) or []
+    everywhere = factors.get("", 1.0)
+    return {layer: factors.get(kinds[layer], everywhere) if layer < len(kinds) else everywhere for layer in layers}
 
 
 def frequencies_are_fixed(model: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from linearard.capture import (
 from linearard.errors import UserError
 from linearard.local_gradients import LocalGradients
 from linearard.losses import ARDLoss, parse_relations, sequence_boundaries
-from linearard.rope import attention_factor
+from linearard.rope import attention_factors
 from linearard.stage_trainer import StageTrainer
 from linearard.teacher import make_student
 from linearard.training_config import ARDConfig
@@ -52,7 +52,7 @@ class ARDTrainer(StageTrainer):
             divergence=args.divergence,
             temperature=args.temperature,
             layer_weights=dict(zip(chosen, weights, strict=False)),
-            attention_factor=attention_factor(model) if args.divide_attention_factor else 1.0,
+            attention_factors=attention_factors(model, chosen) if args.divide_attention_factor else {},
         )
         self._local: LocalGradients | None = None
         if args.gradients == "local":

@@ -6,10 +6,29 @@ import pytest
 import torch
 from tiny_models import make_llama, random_ids
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, GPTJConfig, GPTNeoXConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPTJConfig,
+    GPTNeoXConfig,
+    Llama4TextConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from linearard.capture import capture_states, capturing, disable_capture, enable_capture, few_logits
+from linearard.capture import (
+    capture_states,
+    capturing,
+    disable_capture,
+    enable_capture,
+    few_logits,
+    masks_can_be_left_out,
+    without_masks,
+)
 from linearard.errors import UserError
 
 
@@ -96,6 +115,33 @@ def test_other_families_need_no_patch(config_type: type, settings: dict[str, int
     )
     model = AutoModelForCausalLM.from_config(config)
     assert enable_capture(model) == [0, 1]
+
+
+SIZES = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma3TextConfig(**SIZES, sliding_window=8),
+        Gemma3Config(text_config={**SIZES, "sliding_window": 8}),
+        Llama4TextConfig(**SIZES, intermediate_size_mlp=64, attention_chunk_size=8, num_local_experts=1),
+    ],
+    ids=["text", "nested", "chunks"],
+)
+def test_local_attention_keeps_its_masks(config: PretrainedConfig) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(2, 50, (1, 32))
+    with torch.no_grad():
+        expected = model(ids).logits
+        enable_capture(model)
+        assert not masks_can_be_left_out(model)
+        with without_masks(model):
+            torch.testing.assert_close(model(ids).logits, expected)
 
 
 def test_a_model_without_the_interface_is_refused() -> None:

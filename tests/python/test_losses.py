@@ -175,6 +175,10 @@ def test_attention_factor_is_divided_out_of_queries_and_keys() -> None:
     # As YaRN leaves them: queries and keys larger by the factor, values as they are.
     larger = {i: LayerStates(factor * s.query, factor * s.key, s.value, s.scale) for i, s in student.items()}
     plain, _ = ARDLoss(ALL)(student, teacher)
-    divided, _ = ARDLoss(ALL, attention_factor=factor)(larger, teacher)
+    divided, _ = ARDLoss(ALL, attention_factors=dict.fromkeys(student, factor))(larger, teacher)
     torch.testing.assert_close(divided, plain, rtol=1e-5, atol=1e-6)
     assert abs(float(ARDLoss(ALL)(larger, teacher)[0].detach() - plain.detach())) > 1e-2
+    # One layer has another RoPE, without a factor: it is stacked with none of the others.
+    mixed = {**larger, 1: student[1]}
+    factors = {0: factor, 2: factor}
+    torch.testing.assert_close(ARDLoss(ALL, attention_factors=factors)(mixed, teacher)[0], plain, rtol=1e-5, atol=1e-6)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config
 from linearard.errors import UserError
 from linearard.rope import (
     RopeScaling,
-    attention_factor,
+    attention_factors,
     check_length,
     context_of,
     restore_float32_rope,
@@ -97,12 +97,30 @@ def test_frequencies_survive_a_cast() -> None:
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, exact, rtol=0, atol=0)
 
 
-def test_sliding_window_layers_keep_their_rope() -> None:
+def make_gemma() -> torch.nn.Module:
+    """Five layers of six have sliding windows."""
     config = Gemma3TextConfig(
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_attention_factors_are_those_of_the_layers() -> None:
+    llama, gemma = make_llama(), make_gemma()
+    assert attention_factors(llama, range(3)) == {0: 1, 1: 1, 2: 1}
+    linear = make_llama()
+    scale_rope(linear, RopeScaling.parse("linear:4"))
+    assert attention_factors(linear, [2]) == {2: 1}
+    for model in (llama, gemma):
+        scale_rope(model, RopeScaling.parse("yarn:4"))
+    factor = pytest.approx(0.1 * math.log(4) + 1)
+    assert attention_factors(llama, range(3)) == {0: factor, 1: factor, 2: factor}
+    assert attention_factors(gemma, range(6)) == {0: 1, 1: 1, 2: 1, 3: 1, 4: 1, 5: factor}
+
+
+def test_sliding_window_layers_keep_their_rope() -> None:
+    model = make_gemma()
     before = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
     scale_rope(model, RopeScaling.parse("linear:4"))
     after = dict(model.named_buffers())
@@ -174,7 +192,7 @@ def test_longrope_from_a_file(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(logits(loaded), scaled, rtol=0, atol=0)
     assert loaded.config.max_position_embeddings == 4 * CONTEXT
-    assert attention_factor(model) > 1
+    assert attention_factors(model, [0])[0] > 1
 
 
 def test_bad_factors_of_longrope(tmp_path: Path) -> None:
@@ -193,10 +211,3 @@ def test_the_range_of_a_scaled_model(text: str, context: int) -> None:
     check_length(context, context_of(model), "a sequence")
     with pytest.raises(UserError, match=f"a sequence of {context + 1} tokens is longer than the model's range"):
         check_length(context + 1, context_of(model), "a sequence")
-
-
-def test_attention_factor() -> None:
-    for text, factor in (("linear:4", 1.0), ("yarn:4", 0.1 * math.log(4) + 1)):
-        model = make_llama()
-        scale_rope(model, RopeScaling.parse(text))
-        assert attention_factor(model) == pytest.approx(factor)
