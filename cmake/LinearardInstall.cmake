@@ -1,5 +1,5 @@
 # Installation: headers, library and CMake package, the same layout in a prefix and inside the wheel, where everything
-# lies in the Python package (linearard/include, linearard/lib). Component "python" is what a wheel contains.
+# lies in the Python package (linearard/include, linearard/lib). A wheel holds the components python and library.
 
 include(CMakePackageConfigHelpers)
 

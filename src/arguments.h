@@ -14,7 +14,6 @@ struct RelationArguments {
   at::Tensor teacher;                          ///< [B, H, N, Dt]
   std::optional<at::Tensor> key_padding_mask;  ///< [B, N] bool
   std::optional<at::Tensor> cu_seqlens;        ///< [S + 1]
-  std::optional<at::Tensor> lse_teacher;       ///< [B, H, N]
   double scale_student = 1;
   double scale_teacher = 1;
   bool causal = false;

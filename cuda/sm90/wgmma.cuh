@@ -31,19 +31,17 @@ __device__ void pin(float (&d)[kRegisters]) {
 }
 
 // The text of an instruction names its registers one by one.
-#define LINEARARD_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define LINEARARD_NAMES_32 \
-  LINEARARD_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define LINEARARD_NAMES_48 \
-  LINEARARD_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define LINEARARD_NAMES_64 \
-  LINEARARD_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define LINEARARD_NAMES_32                                                 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define LINEARARD_NAMES_64                                                                       \
+  LINEARARD_NAMES_32                                                                             \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+  "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define LINEARARD_FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define LINEARARD_SIXTEEN(i) LINEARARD_FOUR(i), LINEARARD_FOUR(i + 4), LINEARARD_FOUR(i + 8), LINEARARD_FOUR(i + 12)
-#define LINEARARD_OPERANDS_16 LINEARARD_SIXTEEN(0)
-#define LINEARARD_OPERANDS_32 LINEARARD_OPERANDS_16, LINEARARD_SIXTEEN(16)
-#define LINEARARD_OPERANDS_48 LINEARARD_OPERANDS_32, LINEARARD_SIXTEEN(32)
-#define LINEARARD_OPERANDS_64 LINEARARD_OPERANDS_48, LINEARARD_SIXTEEN(48)
+#define LINEARARD_OPERANDS_32 LINEARARD_SIXTEEN(0), LINEARARD_SIXTEEN(16)
+#define LINEARARD_OPERANDS_64 LINEARARD_OPERANDS_32, LINEARARD_SIXTEEN(32), LINEARARD_SIXTEEN(48)
 
 // A and B in shared memory; the names of a, b and accumulate follow those of d.
 #define LINEARARD_WGMMA_SHARED(kRegisters, columns, type, a_name, b_name, accumulate_name, a_major, b_major)          \
@@ -87,12 +85,8 @@ inline constexpr bool kIsHalf<__half> = true;
 /// over. @param accumulate false: d is overwritten.
 template <typename T, bool kTransposeA, bool kTransposeB, int kRegisters>
 __device__ void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
-  if constexpr (kRegisters == 16) {
-    LINEARARD_SHARED(16, "32", "%16", "%17", "%18", "%19", "%20")
-  } else if constexpr (kRegisters == 32) {
+  if constexpr (kRegisters == 32) {
     LINEARARD_SHARED(32, "64", "%32", "%33", "%34", "%35", "%36")
-  } else if constexpr (kRegisters == 48) {
-    LINEARARD_SHARED(48, "96", "%48", "%49", "%50", "%51", "%52")
   } else {
     static_assert(kRegisters == 64);
     LINEARARD_SHARED(64, "128", "%64", "%65", "%66", "%67", "%68")
@@ -114,15 +108,11 @@ __device__ void wgmma(float (&d)[kRegisters], const uint32_t (&a)[4], uint64_t b
 #undef LINEARARD_REGISTERS
 #undef LINEARARD_WGMMA_SHARED
 #undef LINEARARD_WGMMA_REGISTERS
-#undef LINEARARD_NAMES_16
 #undef LINEARARD_NAMES_32
-#undef LINEARARD_NAMES_48
 #undef LINEARARD_NAMES_64
 #undef LINEARARD_FOUR
 #undef LINEARARD_SIXTEEN
-#undef LINEARARD_OPERANDS_16
 #undef LINEARARD_OPERANDS_32
-#undef LINEARARD_OPERANDS_48
 #undef LINEARARD_OPERANDS_64
 
 }  // namespace linearard::cuda::sm90

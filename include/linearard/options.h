@@ -50,7 +50,8 @@ struct RelationOptions {
   TORCH_ARG(std::optional<at::Tensor>, num_items);
   /// Bitwise equal results from run to run; unset follows torch.use_deterministic_algorithms.
   TORCH_ARG(std::optional<bool>, deterministic);
-  /// [B, H, N] float32 (float64 for a float64 teacher): statistics of the teacher from relation_lse, reused.
+  /// [B, H, N] float32 (float64 for a float64 teacher): statistics of the teacher from relation_lse, which the backward
+  /// takes in place of those that the forward computes along with the divergence.
   TORCH_ARG(std::optional<at::Tensor>, lse_teacher);
 };
 

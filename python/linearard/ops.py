@@ -59,7 +59,7 @@ def relation_kl(
             real tokens (the sum of row_weight over them where it is given).
         num_items: scalar tensor that replaces that number of tokens (gradient accumulation); "mean" only.
         deterministic: results equal bit by bit from run to run; None follows torch.use_deterministic_algorithms.
-        lse_teacher: [B, H, N] statistics of the teacher from `relation_lse`, reused instead of computed.
+        lse_teacher: [B, H, N] statistics of the teacher from `relation_lse`, for the backward.
 
     Returns:
         [B, H, N] for "none" (0 for padding), else a scalar; float64 if either input is, otherwise float32.

@@ -60,7 +60,6 @@ std::vector<Operand> pack_group(const RelationCall& call, size_t begin, size_t e
 template <typename Real>
 std::vector<std::vector<RowResult>> group_statistics(const RelationCall& call,
                                                      const std::vector<Operand>& operands,
-                                                     size_t first_problem,
                                                      const TileBuffers& buffers);
 
 /// Sum of an expectation over every row of a group, into `sum` of the row vectors (which hold the log-sum-exps).

@@ -23,7 +23,7 @@ std::vector<RowVectors<Real>> load_vectors(const RelationCall& call,
   std::vector<RowVectors<Real>> vectors;
   if (call.form.wide) {
     // Logits beyond float's range have log-sum-exps that the saved float tensors cannot hold.
-    vectors = vectors_of<Real>(group_statistics<Real>(call, operands, first_problem, buffers));
+    vectors = vectors_of<Real>(group_statistics<Real>(call, operands, buffers));
   }
   for (size_t i = 0; i < operands.size(); ++i) {
     const Problem& problem = call.problems[first_problem + i];

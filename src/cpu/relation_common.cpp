@@ -114,7 +114,6 @@ std::vector<int64_t> block_counts(const std::vector<Operand>& operands, int64_t 
 template <typename Real>
 std::vector<std::vector<RowResult>> group_statistics(const RelationCall& call,
                                                      const std::vector<Operand>& operands,
-                                                     size_t first_problem,
                                                      const TileBuffers& buffers) {
   std::vector<std::vector<RowStatistics>> statistics;
   statistics.reserve(operands.size());
@@ -134,20 +133,10 @@ std::vector<std::vector<RowResult>> group_statistics(const RelationCall& call,
   });
   std::vector<std::vector<RowResult>> results;
   for (size_t i = 0; i < operands.size(); ++i) {
-    const Problem& problem = call.problems[first_problem + i];
-    if (call.arguments.lse_teacher) {
-      const at::Tensor cached =
-          take_rows(call.head_of(*call.arguments.lse_teacher, problem), *problem.rows).to(at::kDouble).contiguous();
-      const double* lse = cached.const_data_ptr<double>();
-      for (size_t row = 0; row < statistics[i].size(); ++row) {
-        statistics[i][row].sum_teacher = std::exp(lse[row] - statistics[i][row].max_teacher);
-      }
-    }
     std::vector<RowResult>& finished = results.emplace_back();
     finished.reserve(statistics[i].size());
     for (const RowStatistics& row : statistics[i])
       finished.push_back(finish_row(row, kUnitRoundoff<Real>));
-    if (call.arguments.lse_teacher) continue;
     const bool causal = call.arguments.causal;
     const int64_t length = operands[i].length;
     refine_rows(call.form, operands[i], operands[i], [&](int64_t row) { return causal ? row + 1 : length; }, finished);
@@ -178,7 +167,7 @@ void group_expectation(const RelationCall& call,
 
 #define LINEARARD_INSTANTIATE(Real)                                                                    \
   template std::vector<std::vector<RowResult>> group_statistics<Real>(                                 \
-      const RelationCall&, const std::vector<Operand>&, size_t, const TileBuffers&);                   \
+      const RelationCall&, const std::vector<Operand>&, const TileBuffers&);                           \
   template void group_expectation<Real>(const RelationCall&, Expectation, const std::vector<Operand>&, \
                                         const TileBuffers&, std::vector<RowVectors<Real>>&);
 LINEARARD_INSTANTIATE(float)

@@ -34,7 +34,7 @@ void forward_groups(const RelationCall& call,
   for (size_t group = 0; group + 1 < call.groups.size(); ++group) {
     const size_t begin = call.groups[group];
     const std::vector<Operand> operands = pack_group(call, begin, call.groups[group + 1]);
-    std::vector<std::vector<RowResult>> results = group_statistics<Real>(call, operands, begin, buffers);
+    std::vector<std::vector<RowResult>> results = group_statistics<Real>(call, operands, buffers);
     if (call.arguments.divergence == Divergence::kJSD) replace_by_jsd<Real>(call, operands, buffers, results);
     for (size_t i = 0; i < results.size(); ++i) {
       const Problem& problem = call.problems[begin + i];
@@ -53,7 +53,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> relation_forward(const RelationAr
   // KL(Q || P) is KL(P || Q) with the roles exchanged.
   const bool exchanged = arguments.divergence == Divergence::kReverseKL;
   if (exchanged) {
-    roles.lse_teacher.reset();
     std::swap(roles.student, roles.teacher);
     std::swap(roles.scale_student, roles.scale_teacher);
   }

@@ -5,7 +5,9 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
@@ -135,7 +137,7 @@ class BackwardCall {
     const bool one_grad = is_expanded_scalar(grad_kl_);
     if (!problem_.relation || !one_grad) grad_kl_ = grad_kl_.contiguous();
     if (problem_.student_rows.scalar_type() == at::kHalf) {
-      largest_grad_ = (one_grad ? grad_kl_ : at::linalg_vector_norm(grad_kl_, INFINITY)).to(at::kFloat);
+      largest_grad_ = (one_grad ? grad_kl_ : largest_of_real_rows()).to(at::kFloat);
     }
   }
 
@@ -271,6 +273,13 @@ class BackwardCall {
   at::Tensor ratios_;
   at::Tensor center_;
   at::Tensor largest_grad_;
+
+  /// The largest |grad_kl| that is finite: one that is not, or stands at padding, must not decide about the other rows.
+  at::Tensor largest_of_real_rows() const {
+    at::Tensor counted = grad_kl_.isfinite();
+    if (const at::Tensor& real = problem_.memory.row_mask; real.defined()) counted.logical_and_(real.unsqueeze(1));
+    return at::linalg_vector_norm(at::where(counted, grad_kl_, 0), INFINITY);
+  }
 
   ForwardParams center_params() const {
     ForwardParams params = forward_params(problem_, float64_ ? &form_ : nullptr, ratios_);

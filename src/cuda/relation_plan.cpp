@@ -15,8 +15,10 @@ namespace linearard::cuda {
 ExecutionPlan relation_plan(const RelationArguments& arguments) {
   const c10::DeviceGuard guard(arguments.student.device());
   const Problem problem = problem_of(arguments);
+  Problem forward = problem;  // as the forward kernels meet it
+  if (problem.divergence == linearard::Divergence::kReverseKL) exchange_roles(forward);
   const bool float64 = problem.float64();
-  ForwardParams params = forward_params(problem, nullptr, {});
+  const ForwardParams params = forward_params(forward, nullptr, {});
   const bool tensor_cores = !float64 && uses_tensor_cores(params);
   const TileShape tiles = tiles_of(params);
   const auto blocks = [](int64_t length, int64_t tile) { return (length + tile - 1) / tile; };
@@ -43,16 +45,17 @@ ExecutionPlan relation_plan(const RelationArguments& arguments) {
   const int64_t ratios = measures_closeness(problem) ? problems * 8 + kRounding : 0;
   const bool centers = problem.divergence != linearard::Divergence::kForwardKL;
   const TriangularWorkspace triangular = triangular_workspace(problem);
-  plan.workspace_bytes_forward = visibility + ratios + (float64 ? norms : marks) + triangular.forward;
+  const TriangularWorkspace of_forward = triangular_workspace(forward);
+  plan.workspace_bytes_forward = visibility + ratios + (float64 ? norms : marks) + of_forward.forward;
   plan.workspace_bytes_backward =
       visibility + ratios + (centers ? 3 * (row_count * (float64 ? 8 : 4) + kRounding) : 0) +
       (float64 ? norms : marks + std::max((centers ? 3 : 2) * (row_count * 8 + kRounding), triangular.backward)) +
       2 * kRounding;
   plan.instruction_set = !tensor_cores          ? "fused multiply-add"
-                         : triangular.on_hopper ? "tensor cores (wgmma)"
+                         : of_forward.on_hopper ? "tensor cores (wgmma)"
                                                 : "tensor cores (mma.sync)";
-  plan.traversal = triangular.forward > 0 && !problem.deterministic ? "triangular" : "dense";
-  plan.deterministic = triangular.forward + triangular.backward == 0 || problem.deterministic;
+  plan.traversal = of_forward.forward > 0 && !problem.deterministic ? "triangular" : "dense";
+  plan.deterministic = of_forward.forward + triangular.backward == 0 || problem.deterministic;
   return plan;
 }
 

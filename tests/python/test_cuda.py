@@ -320,6 +320,22 @@ def test_the_same_bits_from_run_to_run(dtype, global_switch):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_at_padding_are_not_read(dtype, deterministic):
+    """A half's range is that of the real rows: of a mean, far below what it holds unscaled."""
+    student, teacher = pair((2, 3, 256, 64), dtype)
+    mask = torch.arange(256, device=CUDA) < torch.tensor([[256], [100]], device=CUDA)
+    options = {"key_padding_mask": mask, "deterministic": deterministic}
+    kl, lse_student, lse_teacher = ops.relation_kl_forward(student, teacher, **options)
+    grad_kl = torch.full_like(kl, 1e-5)
+    expected = ops.relation_kl_backward(grad_kl, student, teacher, lse_student, lse_teacher, **options).double()
+    for padding in (torch.nan, torch.inf, 1e30):
+        grad_kl.masked_fill_(~mask[:, None], padding)
+        gradient = ops.relation_kl_backward(grad_kl, student, teacher, lse_student, lse_teacher, **options)
+        assert (gradient.double() - expected).norm() <= 1e-3 * expected.norm()
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -337,7 +353,7 @@ def bytes_beyond(function) -> int:
 
 @pytest.mark.parametrize("head_dim", [8, 64, 128, 256, 512])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", ["dense", "causal", "masked", "packed", "jsd"])
+@pytest.mark.parametrize("kind", ["dense", "causal", "masked", "packed", "jsd", "reverse"])
 def test_memory_is_linear_and_planned(head_dim, dtype, kind):
     """Beyond inputs and outputs at most 4 bytes x B H N (8 + D), and at most what the plan says."""
     batch, heads, tokens = (1 if kind == "packed" else 2), 4, 2048
@@ -351,6 +367,8 @@ def test_memory_is_linear_and_planned(head_dim, dtype, kind):
         options["cu_seqlens"] = torch.tensor([0, 100, 1500, tokens], dtype=torch.int32, device=CUDA)
     if kind == "jsd":
         options["divergence"], planned = "jsd", {"divergence": linearard._C.Divergence.JSD}
+    if kind == "reverse":
+        options["divergence"], planned = "reverse_kl", {"divergence": linearard._C.Divergence.REVERSE_KL}
     plan = linearard._C.plan(student, teacher, **{**options, **planned})
     assert plan["backend"] == "cuda"
     promised = 4 * batch * heads * tokens * (8 + head_dim)

@@ -70,11 +70,6 @@ LINEARARD_INLINE Vector<Real> maximum(Vector<Real> a, Vector<Real> b) {
 }
 
 template <typename Real>
-LINEARARD_INLINE Vector<Real> minimum(Vector<Real> a, Vector<Real> b) {
-  return a < b ? a : b;
-}
-
-template <typename Real>
 LINEARARD_INLINE double sum_of_lanes(Vector<Real> value) {
   double sum = 0;
   for (int64_t lane = 0; lane < kLanes<Real>; ++lane)
