@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from linearard.capture import capture_states, enable_capture
-from linearard.config import EvaluateConfig
 from linearard.display import Display
 from linearard.errors import UserError
 from linearard.evaluation import (
@@ -16,26 +15,35 @@ from linearard.evaluation import (
     evaluate_model,
     evaluation_batches,
 )
-from linearard.models import check_tokenizer, load_model, load_tokenizer
+from linearard.models import load_tokenizer
+from linearard.suite.config import SuiteConfig
+from linearard.suite.sources import Source, check_context
 
 
-def evaluate(config: EvaluateConfig, display: Display) -> Evaluation:
+def evaluate(config: SuiteConfig, display: Display) -> Evaluation:
     """The measurements of `config.model`; raises UserError for models, files or devices that cannot be used."""
     device = choose_device(config.device)
     if config.output and not Path(config.output).absolute().parent.is_dir():
         raise UserError(f"the directory of the output file {config.output!r} does not exist")
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    source = Source.parse(config.model)
+    other = Source.parse(config.teacher) if config.teacher else None
+    for each in filter(None, (source, other)):
+        if each.report:
+            raise UserError(f"{each.text!r}: earlier reports are for comparisons, with --tasks or --long_files")
+        if not config.beyond_range:
+            check_context(each.label, each.load_config(config), config.heldout_length, "heldout_length")
+    tokenizer = load_tokenizer(source.model, trust_remote_code=config.trust_remote_code)
     data = EvaluationData.load(config, tokenizer)
-    model = load_model(config.model, trust_remote_code=config.trust_remote_code).to(device)
-    check_tokenizer(tokenizer, model)
+    if other:
+        check_same_tokens(tokenizer, load_tokenizer(other.model, trust_remote_code=config.trust_remote_code))
+    model, _ = source.load(config, device)
     teacher: States | None = None
-    if config.teacher:
-        check_same_tokens(tokenizer, load_tokenizer(config.teacher, trust_remote_code=config.trust_remote_code))
-        other = load_model(config.teacher, trust_remote_code=config.trust_remote_code).to(device)
-        layers, other_layers = enable_capture(model), enable_capture(other)
+    if other:
+        other_model, _ = other.load(config, device)
+        layers, other_layers = enable_capture(model), enable_capture(other_model)
         if layers != other_layers:
             raise UserError(f"model and teacher have different layers: {len(layers)} and {len(other_layers)}")
-        teacher = lambda input_ids: capture_states(other, input_ids)  # noqa: E731
+        teacher = lambda input_ids: capture_states(other_model, input_ids)  # noqa: E731
     with display.progress("Evaluating", evaluation_batches(data, teacher is not None)) as bar:
         return evaluate_model(model, tokenizer, data, teacher, bar.advance)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_models import make_llama, make_tokenizer, random_ids, save_model
 from tokenizers import pre_tokenizers
-from transformers import LlamaConfig
+from transformers import BloomConfig, LlamaConfig
 
 from linearard.cli import main
 from linearard.data import read_texts
@@ -162,8 +162,9 @@ def test_context_ranges() -> None:
     assert context_range(LlamaConfig(max_position_embeddings=400, rope_parameters=linear)) == 400
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     assert context_range(LlamaConfig(max_position_embeddings=100, rope_parameters=dynamic)) == 400
-    with pytest.raises(UserError, match=r"101 tokens is longer than the range of the model 'm', 100 tokens"):
-        check_context("m", LlamaConfig(max_position_embeddings=100), 101)
+    assert context_range(BloomConfig()) > 2**40
+    with pytest.raises(UserError, match=r"--lengths: .* 101 tokens is longer than the range of the model 'm', 100 tok"):
+        check_context("m", LlamaConfig(max_position_embeddings=100), 101, "lengths")
 
 
 @pytest.mark.parametrize("scaling", ["", "@linear:4", "@ntk:4", "@dynamic:4", "@yarn:4"])
@@ -219,7 +220,10 @@ def test_task_files_are_found(tmp_path: Path) -> None:
         ({"depths": [101.0]}, "depths must be percentages"),
         ({"lengths": [0]}, "lengths must be at least 1"),
         ({"tasks": ["passkey"], "output": "x.json"}, "--output belongs"),
-        ({"scaled": "x@linear:4"}, "need something to compare"),
+        ({"tasks": ["passkey"], "heldout_length": 32}, "--heldout_length belongs to the short evaluation"),
+        ({"scaled": "x@linear:4"}, "--scaled belongs to the report: give --tasks or --long_files"),
+        ({"output_dir": "x"}, "--output_dir belongs to the report"),
+        ({"depths": [0.0]}, "--depths belongs to the report"),
         ({"dtype": "int4"}, "unknown dtype"),
     ],
 )

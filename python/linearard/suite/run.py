@@ -98,11 +98,13 @@ def _sources(config: SuiteConfig) -> dict[str, Source]:
 
 def _check_models(sources: list[Source], plan: Plan, config: SuiteConfig) -> None:
     """Raise UserError for a model without a usable configuration, or whose range the longest context exceeds."""
-    contexts = [*(config.lengths if plan.synthetic else []), *(config.long_lengths if plan.documents else [])]
+    contexts = {"lengths": config.lengths if plan.synthetic else []}
+    contexts["long_lengths"] = config.long_lengths if plan.documents else []
     for source in sources:
         model_config = source.load_config(config)
-        if contexts and not config.beyond_range:
-            check_context(source.label, model_config, max(contexts))
+        for option, lengths in contexts.items():
+            if lengths and not config.beyond_range:
+                check_context(source.label, model_config, max(lengths), option)
 
 
 def _measure(source: Source, plan: Plan, config: SuiteConfig, display: Display, device: torch.device) -> list[Figure]:

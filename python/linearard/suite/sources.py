@@ -1,6 +1,7 @@
 """Where the figures of a model come from: a model to load, perhaps with its RoPE scaled, or an earlier report."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,10 @@ def context_range(config: PretrainedConfig) -> int:
 
     max_position_embeddings, which is the scaled one in linearard's and most checkpoints; where a scaling's own
     parameters say more (dynamic: factor times it; YaRN, llama3 and longrope: factor times the original context), that.
+    A configuration that names no context has no end.
     """
     config = config.get_text_config(decoder=True)
-    own = int(config.max_position_embeddings)
+    own = int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
     parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     factor = float(parameters.get("factor") or 1)
     if parameters.get("rope_type") == "dynamic":
@@ -77,13 +79,13 @@ def context_range(config: PretrainedConfig) -> int:
     return max(own, round(original * factor)) if original else own
 
 
-def check_context(label: str, config: PretrainedConfig, longest: int) -> None:
-    """Raise UserError where `longest` tokens are more than the model's range."""
+def check_context(label: str, config: PretrainedConfig, longest: int, option: str) -> None:
+    """Raise UserError where `longest` tokens, which `option` asks for, are more than the model's range."""
     most = context_range(config)
     if longest > most:
         raise UserError(
-            f"a context of {longest:,} tokens is longer than the range of the model {label!r}, {most:,} tokens; "
-            "--beyond_range true measures it all the same"
+            f"--{option}: a context of {longest:,} tokens is longer than the range of the model {label!r}, {most:,} "
+            "tokens; --beyond_range true measures it all the same"
         )
 
 
