@@ -1,8 +1,10 @@
 """`linearard evaluate`: measure one model, and compare its attention relations with a teacher's."""
 
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
+from transformers import PreTrainedModel
 
 from linearard.capture import capture_states, enable_capture
 from linearard.display import Display
@@ -23,8 +25,13 @@ from linearard.suite.sources import Source, check_context
 def evaluate(config: SuiteConfig, display: Display) -> Evaluation:
     """The measurements of `config.model`; raises UserError for models, files or devices that cannot be used."""
     device = choose_device(config.device)
-    if config.output and not Path(config.output).absolute().parent.is_dir():
-        raise UserError(f"the directory of the output file {config.output!r} does not exist")
+    if config.output:
+        directory = Path(config.output).absolute().parent
+        if not directory.is_dir():
+            raise UserError(f"the directory of the output file {config.output!r} does not exist")
+        if Path(config.output).is_dir():
+            raise UserError(f"--output: a file is needed, {config.output!r} is a directory")
+        make_writable(directory, "output")
     source = Source.parse(config.model)
     other = Source.parse(config.teacher) if config.teacher else None
     for each in filter(None, (source, other)):
@@ -40,12 +47,40 @@ def evaluate(config: SuiteConfig, display: Display) -> Evaluation:
     teacher: States | None = None
     if other:
         other_model, _ = other.load(config, device)
-        layers, other_layers = enable_capture(model), enable_capture(other_model)
-        if layers != other_layers:
-            raise UserError(f"model and teacher have different layers: {len(layers)} and {len(other_layers)}")
+        _check_same_heads(model, other_model)
         teacher = lambda input_ids: capture_states(other_model, input_ids)  # noqa: E731
     with display.progress("Evaluating", evaluation_batches(data, teacher is not None)) as bar:
         return evaluate_model(model, tokenizer, data, teacher, bar.advance)
+
+
+def make_writable(directory: Path, option: str) -> None:
+    """Make the directory that `option` names; raises UserError where nothing can be written into it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"--{option}: cannot write into {str(directory)!r}: {error.strerror}") from error
+
+
+def _check_same_heads(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Enable the capture of both; raises UserError where their relations cannot be compared one by one."""
+    layers, other_layers = enable_capture(model), enable_capture(teacher)
+    if layers != other_layers:
+        raise UserError(f"--teacher: model and teacher have different layers: {len(layers)} and {len(other_layers)}")
+    heads, other_heads = _heads(model), _heads(teacher)
+    for layer, own, other in zip(layers, heads, other_heads, strict=True):
+        if own != other:
+            raise UserError(
+                f"--teacher: layer {layer} of the model has {own[0]} attention heads and {own[1]} key/value heads, "
+                f"the teacher's has {other[0]} and {other[1]}"
+            )
+
+
+def _heads(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """(attention heads, key/value heads) of each layer. Their dimensions may differ between model and teacher."""
+    states = capture_states(model, torch.zeros(1, 2, dtype=torch.long, device=model.device))
+    return [(states[layer].query.shape[1], states[layer].key.shape[1]) for layer in sorted(states)]
 
 
 def choose_device(name: str) -> torch.device:

@@ -288,6 +288,7 @@ def test_a_missing_bundled_model(
         (["evaluate", "--heldout_windows", "0"], "must be at least 1"),
         (["evaluate", "--device", "toaster"], "the device 'toaster' cannot be used"),
         (["evaluate", "--device", "cpu", "--output", "no/such/directory/x.json"], "does not exist"),
+        (["evaluate", "--device", "cpu", "--output", "."], "--output: a file is needed, '.' is a directory"),
     ],
 )
 def test_bad_input_of_the_other_commands(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -332,6 +333,15 @@ def test_models_that_cannot_be_compared(model: Path, tmp_path: Path, capsys: pyt
     save_model(tmp_path / "deeper", num_hidden_layers=4)
     evaluate = ["evaluate", "--model", str(model), "--device", "cpu", *SMALL[2:10]]
     assert_refused([*evaluate, "--teacher", str(tmp_path / "deeper")], "different layers: 3 and 4", capsys)
+    for heads in (8, 4), (4, 4):
+        save_model(tmp_path / "heads", num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=8)
+        reason = (
+            "--teacher: layer 0 of the model has 4 attention heads and 2 key/value heads, the teacher's has "
+            f"{heads[0]} and {heads[1]}"
+        )
+        assert_refused([*evaluate, "--teacher", str(tmp_path / "heads")], reason, capsys)
+    wider = ["--teacher", str(save_model(tmp_path / "wider", head_dim=16))]
+    assert main([*evaluate, *wider]) == 0  # a relation is of tokens with tokens, whatever the dimension
     other = tmp_path / "other"
     save_model(other)
     tokenizer = make_tokenizer()

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -266,6 +267,15 @@ def test_report_compares_models(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "was measured with seed 0, this run has 1" in capsys.readouterr().err
 
 
+def fits(length: int, depth: float, index: int) -> bool:
+    """Whether a prompt of needle_multikey has room."""
+    try:
+        make_prompt("needle_multikey", make_tokenizer(), length, depth, 0, index, filler=False)
+    except UserError:
+        return False
+    return True
+
+
 @pytest.fixture
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
@@ -286,8 +296,80 @@ def test_every_model_is_checked_before_the_first_is_measured(
         assert "512 tokens is longer than the range of the model 'scaled', 256 tokens" in capsys.readouterr().err
     assert main([*evaluate, str(tmp_path / "missing"), "--tasks", "passkey", "--lengths", "512"]) == 2
     assert "does not exist" in capsys.readouterr().err
+    output = ["--output_dir", str(tmp_path / "out")]
     with pytest.raises(AssertionError, match="a model was loaded"):
-        main([*evaluate, small, "--tasks", "passkey", "--lengths", "512", "--beyond_range", "true"])
+        main([*evaluate, small, "--tasks", "passkey", "--lengths", "512", "--beyond_range", "true", *output])
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_lengths_documents_and_output_are_checked_before_the_first_model_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(save_model(tmp_path / "model", max_position_embeddings=4096))
+    (tmp_path / "file").write_text("precious")
+
+    def refused(reason: str, *arguments: str) -> None:
+        output = ["--output_dir", str(tmp_path / "out")]
+        capsys.readouterr()
+        assert main(["evaluate", "--device", "cpu", "--model", f"mine={model}", *output, *arguments]) == 2
+        shown = capsys.readouterr().err
+        assert re.search(reason, shown), shown
+        assert len(shown.splitlines()) == 1
+
+    reason = (
+        r"--lengths, model 'mine': common_words at 900 does not fit: the task itself needs [\d,]+ tokens, \d+ are left"
+    )
+    refused(reason, "--tasks", "passkey", "common_words", "--lengths", "4000", "900")
+    # A length for some of the prompts: not only the first is tried.
+    prompts = [(depth, index) for depth in (0, 50) for index in range(4)]
+    some = (n for n in range(150, 1000) if fits(n, *prompts[0]) and not all(fits(n, *prompt) for prompt in prompts))
+    needles = ["--tasks", "needle_multikey", "--depths", "0", "50", "--samples", "4", "--lengths"]
+    refused("needle_multikey at .* does not fit", *needles, str(next(some)))
+    reason = "--long_lengths, model 'mine': the long documents are too short: none of 1 has 1 windows of 4,000 tokens"
+    (tmp_path / "short.txt").write_text("one two three")
+    refused(reason, "--long_files", str(tmp_path / "short.txt"), "--long_lengths", "4000")
+    refused(
+        "--output_dir: cannot write into '.*file': File exists",
+        "--tasks",
+        "passkey",
+        "--output_dir",
+        f"{tmp_path}/file",
+    )
+    assert (tmp_path / "file").read_text() == "precious"
+
+    # Recovery pairs the documents: the teacher's tokenizer has to find as many.
+    words = save_model(tmp_path / "words", max_position_embeddings=4096)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["one two"])
+    tokenizer.save_pretrained(words)
+    documents = tmp_path / "two.jsonl"
+    documents.write_text("".join(json.dumps({"text": word * 40}) + "\n" for word in ("one two ", "dog and cat ")))
+    long = ["--long_files", str(documents), "--long_lengths", "120"]
+    refused("120 tokens in the same number of documents: 1 for teacher, 2 for mine", "--teacher", str(words), *long)
+
+
+def test_a_run_that_ends_early_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = Source.load
+
+    def interrupted(source: Source, *arguments: Any) -> Any:
+        if source.label == "last":
+            raise KeyboardInterrupt
+        return load(source, *arguments)
+
+    monkeypatch.setattr(Source, "load", interrupted)
+    model, output = str(save_model(tmp_path / "model")), tmp_path / "out"
+    evaluate = ["evaluate", "--device", "cpu", "--long_files", "bundled", "--long_lengths", "32", "--model"]
+    models = ["--teacher", model, "--compare", f"last={model}", "--output_dir", str(output)]
+    assert main([*evaluate, f"mine={model}", *models]) == 130
+    content = json.loads((output / "evaluation.json").read_text())
+    assert [entry["label"] for entry in content["models"]] == ["teacher", "mine"]
+    assert "| perplexity, at 32 |" in (output / "evaluation.md").read_text()
+    # And can be compared with, in the same directory.
+    monkeypatch.setattr(Source, "load", load)
+    reports = ["--teacher", f"teacher={output}/evaluation.json", "--compare", f"mine={output}/evaluation.json"]
+    assert main([*evaluate, f"last={model}", *reports, "--output_dir", str(output)]) == 0
+    again = json.loads((output / "evaluation.json").read_text())
+    assert [entry["label"] for entry in again["models"]] == ["teacher", "last", "mine"]
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")

@@ -86,8 +86,7 @@ def short_task_mean(results: Results) -> Row | None:
 
 
 def write_report(results: Results, config: SuiteConfig, device: torch.device, directory: Path) -> None:
-    """Write evaluation.json and evaluation.md; the directory is made."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Write evaluation.json and evaluation.md into a directory that exists."""
     write_json(
         {
             "models": [
