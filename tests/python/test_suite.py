@@ -23,6 +23,7 @@ from linearard.suite.config import SuiteConfig
 from linearard.suite.figures import ACCURACY, NLL, Figure, gap_closed, mean_of_tasks, share_of_teacher
 from linearard.suite.long_text import document_windows, perplexity_figures, position_losses, read_documents
 from linearard.suite.retrieval import answers
+from linearard.suite.run import Plan
 from linearard.suite.sources import Source, check_context, context_range
 from linearard.suite.synthetic import SYNTHETIC_TASKS, Prompt, make_prompt, score
 from linearard.suite.task_files import find_files, load_task
@@ -265,6 +266,64 @@ def test_report_compares_models(tmp_path: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     assert main([*again, "--seed", "1", "--output_dir", str(second)]) == 2
     assert "was measured with seed 0, this run has 1" in capsys.readouterr().err
+
+
+def test_earlier_reports_are_of_the_same_examples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, report = str(save_model(tmp_path / "model", max_position_embeddings=1024)), tmp_path / "evaluation.json"
+    documents = tmp_path / "books.jsonl"
+    documents.write_text('{"text": "' + "one two " * 40 + '"}\n')
+
+    def evaluate(*more: str) -> int:
+        shared = ["--device", "cpu", "--tasks", "passkey", "--lengths", "512", "--samples", "1", "--long_lengths", "32"]
+        return main(["evaluate", "--model", f"new={model}", "--output_dir", str(tmp_path), *shared, *more])
+
+    first = ["--long_files", str(documents), "--depths", "0", "100"]
+    assert evaluate("--teacher", model, *first) == 0
+    again = ["--teacher", f"teacher={report}", "--scaled", f"scaled={model}"]
+    assert evaluate(*again, *first) == 0
+    # From another place, or without: the digest stays with the teacher's figures.
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(documents.read_text())
+    assert evaluate(*again, "--depths", "0", "100", "--long_files", str(copy)) == 0
+    assert evaluate(*again, "--depths", "0", "100") == 0
+
+    monkeypatch.setattr(Source, "load", None)  # refused before
+    copy.write_text('{"text": "' + "one three " * 40 + '"}\n')
+    for more, reason in (
+        (
+            ["--long_files", str(copy), "--depths", "0", "100"],
+            r"long_files sha256:\w+, this run has sha256:\w+: they",
+        ),
+        (
+            ["--long_files", str(documents), "--depths", "25", "50"],
+            r"depths \[0.0, 100.0\], this run has \[25.0, 50.0\]",
+        ),
+        ([*first, "100"], r"depths \[0.0, 100.0\], this run has \[0.0, 100.0, 100.0\]"),
+        (
+            [*first, "--dtype", "bfloat16", "--seed", "1"],
+            "seed 0, this run has 1; with dtype float32, this run has bfl",
+        ),
+    ):
+        capsys.readouterr()
+        assert evaluate(*again, *more) == 2
+        shown = capsys.readouterr().err
+        assert re.search(reason, shown), shown
+        assert len(shown.splitlines()) == 1
+
+
+def test_a_task_file_is_known_by_template_and_examples(tmp_path: Path) -> None:
+    def digests(text: str, template: str) -> dict[str, str]:
+        (tmp_path / "mine.jsonl").write_text(text)
+        return Plan([load_task(tmp_path / "mine.jsonl", template, None)], [], [], []).examples(SuiteConfig())["files"]
+
+    row = '{"query": "q", "choices": ["a", "b"], "gold": %d}'
+    found = digests(row % 0, "arc_easy")
+    assert list(found) == ["task mine"]
+    assert found == digests(row % 0 + "\n", "arc_easy")
+    assert found != digests(row % 1, "arc_easy")
+    assert found != digests(row % 0, "openbook_qa")
 
 
 def fits(length: int, depth: float, index: int) -> bool:

@@ -82,6 +82,6 @@ class SuiteConfig(EvaluateConfig):
         return bool(self.tasks or self.long_files)
 
     def examples(self) -> dict[str, Any]:
-        """The settings that decide what the models are measured on: reports can be compared where these agree."""
-        names = ("task_limit", "samples", "seed", "long_windows", "bucket")
+        """The settings that decide what the models are measured on, beside files: `Plan.examples`."""
+        names = ("task_limit", "depths", "samples", "seed", "long_windows", "bucket", "dtype")
         return {name: getattr(self, name) for name in names}

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from linearard.report import environment, write_json
-from linearard.suite.config import SuiteConfig
 from linearard.suite.figures import (
     ACCURACY,
     NLL,
@@ -85,7 +84,7 @@ def short_task_mean(results: Results) -> Row | None:
     return Row(f"mean of {len(tasks)} short tasks", ACCURACY, complete)
 
 
-def write_report(results: Results, config: SuiteConfig, device: torch.device, directory: Path) -> None:
+def write_report(results: Results, device: torch.device, directory: Path) -> None:
     """Write evaluation.json and evaluation.md into a directory that exists."""
     write_json(
         {
@@ -95,8 +94,7 @@ def write_report(results: Results, config: SuiteConfig, device: torch.device, di
             ],
             "teacher": results.teacher,
             "scaled": results.scaled,
-            "examples": config.examples(),
-            "dtype": config.dtype,
+            "examples": results.examples,
             "rows": [_row_json(row, results) for row in rows_of(results)],
             "environment": environment(device),
         },

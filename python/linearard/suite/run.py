@@ -1,10 +1,13 @@
 """`linearard evaluate` with tasks: every model in turn, every measurement, one report."""
 
+import hashlib
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,13 +37,26 @@ class Plan:
     standard: list[str]
     documents: list[str]
 
+    def examples(self, config: SuiteConfig) -> dict[str, Any]:
+        """What decides what the models are measured on: reports can be compared where the settings agree, and the
+        contents of the files that both have.
+        """
+        files = {f"task {task.name}": _digest([task.template, *task.rows]) for task in self.local}
+        if self.documents:
+            files["long_files"] = _digest(self.documents)
+        return {**config.examples(), "files": files}
+
 
 @dataclass(frozen=True)
 class Results:
-    """The figures of every model by label, and which labels the teacher and the scaled model have."""
+    """The figures of every model by label, and which labels the teacher and the scaled model have.
+
+    examples: as in `Plan`.
+    """
 
     figures: dict[str, list[Figure]]
     models: dict[str, str]
+    examples: dict[str, Any]
     teacher: str | None = None
     scaled: str | None = None
 
@@ -55,9 +71,12 @@ def evaluate_suite(
     sources = _sources(config)
     plan = make_plan(config)
     device = choose_device(config.device)
-    figures = {
-        label: figures_of_report(source, config.examples()) for label, source in sources.items() if source.report
-    }
+    examples = plan.examples(config)
+    figures: dict[str, list[Figure]] = {}
+    for label, source in sources.items():
+        if source.report:
+            # Its files become this run's: the new report holds figures on them.
+            figures[label], examples["files"] = figures_of_report(source, examples)
     models = [source for source in sources.values() if not source.report]
     _check_models(models, plan, config)
     tokenizers = {source.model: source for source in reversed(models)}  # each model once, under its first label
@@ -71,6 +90,7 @@ def evaluate_suite(
         return Results(
             {label: figures[label] for label in known},
             {label: source.text for label, source in known.items()},
+            examples,
             teacher=next((label for label, source in known.items() if source.role == "teacher"), None),
             scaled=next((label for label, source in known.items() if source.role == "scaled"), None),
         )
@@ -202,6 +222,10 @@ def _parts(
             yield standard_figures(harness, name, config.task_limit)
     for cell in grid(config, plan.synthetic):
         yield [retrieval_figure(model, tokenizer, config, cell)]
+
+
+def _digest(content: list[Any]) -> str:
+    return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _require_harness(unknown: list[str]) -> None:

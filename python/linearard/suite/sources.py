@@ -89,30 +89,32 @@ def check_context(label: str, config: PretrainedConfig, longest: int, option: st
         )
 
 
-def figures_of_report(source: Source, examples: dict[str, Any]) -> list[Figure]:
+def figures_of_report(source: Source, examples: dict[str, Any]) -> tuple[list[Figure], dict[str, str]]:
     """The figures of `source.label` in an earlier report; raises UserError where they cannot be compared.
 
-    examples: `SuiteConfig.examples()` of this run, which that report has to share.
+    examples: what `Plan.examples` says of this run. That report has to share the settings, and the contents of the
+    files that both have. Also returns the digests of the files of both.
     """
     path = source.report
     assert path is not None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         models = {model["label"]: model for model in content["models"]}
-        theirs = content["examples"]
+        theirs = dict(content["examples"])
+        their_files = dict(theirs.get("files", {}))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the report {str(path)!r}: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(path)!r} is not a report of linearard evaluate") from error
     if source.label not in models:
         raise UserError(f"the report {str(path)!r} has no model {source.label!r}; it has {', '.join(models)}")
-    for name, value in examples.items():
-        if theirs.get(name) != value:
-            raise UserError(
-                f"the report {str(path)!r} was measured with {name} {theirs.get(name)}, this run has {value}: they "
-                "cannot be compared"
-            )
-    return [figure_from_json(figure) for figure in models[source.label]["figures"]]
+    pairs = [(name, theirs.get(name, "unknown"), own) for name, own in examples.items() if name != "files"]
+    pairs += [(name, their_files[name], own) for name, own in examples["files"].items() if name in their_files]
+    different = [f"with {name} {other}, this run has {own}" for name, other, own in pairs if other != own]
+    if different:
+        raise UserError(f"the report {str(path)!r} was measured {'; '.join(different)}: they cannot be compared")
+    figures = [figure_from_json(figure) for figure in models[source.label]["figures"]]
+    return figures, {**their_files, **examples["files"]}
 
 
 def figure_from_json(content: dict[str, Any]) -> Figure:
