@@ -22,8 +22,9 @@ from linearard.errors import UserError
 from linearard.suite.config import SuiteConfig
 from linearard.suite.figures import ACCURACY, NLL, Figure, gap_closed, mean_of_tasks, share_of_teacher
 from linearard.suite.long_text import document_windows, perplexity_figures, position_losses, read_documents
+from linearard.suite.report import write_report
 from linearard.suite.retrieval import answers
-from linearard.suite.run import Plan
+from linearard.suite.run import Plan, Results
 from linearard.suite.sources import Source, check_context, context_range
 from linearard.suite.synthetic import SYNTHETIC_TASKS, Prompt, make_prompt, score
 from linearard.suite.task_files import find_files, load_task
@@ -250,7 +251,7 @@ def test_report_compares_models(tmp_path: Path, capsys: pytest.CaptureFixture[st
     content = json.loads((first / "evaluation.json").read_text())
     assert [entry["label"] for entry in content["models"]] == ["teacher", "scaled", "restored"]
     rows = {row["name"]: row for row in content["rows"]}
-    assert {*rows} >= {"perplexity, at 512", "perplexity, at 512, tokens 256 to 512", "passkey, at 1K, all depths"}
+    assert {*rows} >= {"perplexity, at 512", "perplexity, at 512, tokens 256 to 511", "passkey, at 1K, all depths"}
     recovery = {label: share["mean"] for label, share in rows["perplexity, at 512"]["recovery"].items()}
     assert recovery == pytest.approx({"teacher": 1, "scaled": 0, "restored": 1})
     assert all(len(figure["values"]) in (1, 8) for entry in content["models"] for figure in entry["figures"])
@@ -324,6 +325,22 @@ def test_a_task_file_is_known_by_template_and_examples(tmp_path: Path) -> None:
     assert found == digests(row % 0 + "\n", "arc_easy")
     assert found != digests(row % 1, "arc_easy")
     assert found != digests(row % 0, "openbook_qa")
+
+
+def test_the_report_changes_only_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str, **_: Any) -> None:
+        path.write_bytes(text.encode()[:10])
+        raise OSError("no space left")
+
+    results = Results({"m": [accuracy(1, 0)]}, {"m": "m"}, {})
+    write_report(results, torch.device("cpu"), tmp_path)
+    before = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert set(before) == {"evaluation.json", "evaluation.md"}
+    monkeypatch.setattr("linearard.suite.report.write_json", lambda *_: None)
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        write_report(results, torch.device("cpu"), tmp_path)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == before
 
 
 def fits(length: int, depth: float, index: int) -> bool:

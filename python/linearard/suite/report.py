@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from linearard.report import environment, write_json
+from linearard.report import atomically, environment, write_json
 from linearard.suite.figures import (
     ACCURACY,
     NLL,
@@ -100,7 +100,8 @@ def write_report(results: Results, device: torch.device, directory: Path) -> Non
         },
         directory / "evaluation.json",
     )
-    (directory / "evaluation.md").write_text(markdown(results), encoding="utf-8")
+    with atomically(directory / "evaluation.md") as temporary:
+        temporary.write_text(markdown(results), encoding="utf-8")
 
 
 def markdown(results: Results) -> str:

@@ -119,13 +119,13 @@ def figures_of_report(source: Source, examples: dict[str, Any]) -> tuple[list[Fi
 
 def figure_from_json(content: dict[str, Any]) -> Figure:
     """The inverse of what `linearard.suite.report` writes."""
-    first_last = content.get("positions")
+    bounds = content.get("positions")
     return Figure(
         task=content["task"],
         metric=content["metric"],
         values=tuple(content["values"]),
         length=content.get("length"),
         depth=content.get("depth"),
-        positions=(first_last[0], first_last[1]) if first_last else None,
+        positions=(bounds[0], bounds[1]) if bounds else None,
         variant=content.get("variant", ""),
     )
