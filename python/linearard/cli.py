@@ -148,8 +148,9 @@ def _evaluate_suite(config: "SuiteConfig") -> None:
 
     display = Display()
     output = Path(config.output_dir)
-    results = evaluate_suite(config, display)
-    write_report(results, config, choose_device(config.device), output)
+    device = choose_device(config.device)
+    results = evaluate_suite(config, display, lambda so_far: write_report(so_far, device, output))
+    write_report(results, device, output)
     picture = write_evaluation_picture(results, output / "evaluation.png")
     display.console.print(Markdown(markdown(results)))
     display.say(f"Report: {output / 'evaluation.md'}, evaluation.json{', evaluation.png' if picture else ''}")

@@ -13,11 +13,11 @@ import transformers
 from rich.table import Table
 
 from linearard import __version__
-from linearard.config import EvaluateConfig
 from linearard.evaluation import Evaluation
 from linearard.losses import RELATIONS
 from linearard.restore import Restoration
 from linearard.stages import TITLES
+from linearard.suite.config import SuiteConfig
 from linearard.training_config import ARDConfig
 
 LABELS = {"query": "Q/Q", "key": "K/K", "value": "V/V", "attention": "Q/K attention map"}
@@ -109,9 +109,9 @@ def write_json(content: dict[str, Any], path: Path) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_evaluation(evaluation: Evaluation, config: EvaluateConfig, path: Path) -> None:
+def write_evaluation(evaluation: Evaluation, config: SuiteConfig, path: Path) -> None:
     """The measurements of one model as JSON."""
-    write_json({"model": config.model, "teacher": config.teacher, **asdict(evaluation)}, path)
+    write_json({"model": config.model, "teacher": config.teacher, "dtype": config.dtype, **asdict(evaluation)}, path)
 
 
 def write_picture(result: Restoration, config: ARDConfig, path: Path) -> bool:

@@ -288,16 +288,60 @@ def test_a_missing_bundled_model(
         (["evaluate", "--heldout_windows", "0"], "must be at least 1"),
         (["evaluate", "--device", "toaster"], "the device 'toaster' cannot be used"),
         (["evaluate", "--device", "cpu", "--output", "no/such/directory/x.json"], "does not exist"),
+        (["evaluate", "--device", "cpu", "--output", "."], "--output: a file is needed, '.' is a directory"),
     ],
 )
 def test_bad_input_of_the_other_commands(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert_refused(arguments, reason, capsys)
 
 
+def test_the_short_evaluation_knows_labels_scalings_and_dtypes(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(*arguments: str) -> dict[str, Any]:
+        numbers = tmp_path / "numbers.json"
+        assert main(["evaluate", *arguments, *SMALL[2:10], "--device", "cpu", "--output", str(numbers)]) == 0
+        return json.loads(numbers.read_text())
+
+    plain, scaled = (
+        measured("--model", f"mine={model}"),
+        measured("--model", f"{model}@linear:4", "--teacher", str(model)),
+    )
+    assert plain["perplexity"] != pytest.approx(scaled["perplexity"], rel=1e-3)
+    assert sum(scaled["relation_kl"]["query"]) > 1e-3
+    same = measured("--model", f"{model}@linear:4", "--teacher", f"{model}@linear:4")
+    assert sum(same["relation_kl"]["query"]) < 1e-3
+    rounded = measured("--model", str(model), "--dtype", "bfloat16")
+    assert rounded["perplexity"] != plain["perplexity"]
+    assert rounded["perplexity"] == pytest.approx(plain["perplexity"], rel=0.05)
+    assert (plain["dtype"], rounded["dtype"]) == ("float32", "bfloat16")
+
+    evaluate = ["evaluate", "--device", "cpu", *SMALL[2:10], "--model"]
+    report = "earlier reports are for comparisons, with --tasks or --long_files"
+    assert_refused([*evaluate, "mine=report.json"], report, capsys)
+    assert_refused([*evaluate, str(model), "--teacher", "report.json"], report, capsys)
+    long = ["--heldout_length", "300"]
+    reason = "--heldout_length: a context of 300 tokens is longer than the range of the model"
+    assert_refused([*evaluate, str(model), *long], f"{reason} {str(model)!r}, 64 tokens", capsys)
+    assert_refused(
+        [*evaluate, f"{model}@linear:8", "--teacher", f"native={model}", *long], f"{reason} 'native'", capsys
+    )
+    assert main([*evaluate, str(model), *long, "--beyond_range", "true"]) == 0
+
+
 def test_models_that_cannot_be_compared(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(tmp_path / "deeper", num_hidden_layers=4)
-    evaluate = ["evaluate", "--model", str(model), "--device", "cpu"]
+    evaluate = ["evaluate", "--model", str(model), "--device", "cpu", *SMALL[2:10]]
     assert_refused([*evaluate, "--teacher", str(tmp_path / "deeper")], "different layers: 3 and 4", capsys)
+    for heads in (8, 4), (4, 4):
+        save_model(tmp_path / "heads", num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=8)
+        reason = (
+            "--teacher: layer 0 of the model has 4 attention heads and 2 key/value heads, the teacher's has "
+            f"{heads[0]} and {heads[1]}"
+        )
+        assert_refused([*evaluate, "--teacher", str(tmp_path / "heads")], reason, capsys)
+    wider = ["--teacher", str(save_model(tmp_path / "wider", head_dim=16))]
+    assert main([*evaluate, *wider]) == 0  # a relation is of tokens with tokens, whatever the dimension
     other = tmp_path / "other"
     save_model(other)
     tokenizer = make_tokenizer()

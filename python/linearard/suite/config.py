@@ -1,11 +1,20 @@
 """The settings of `linearard evaluate`."""
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from linearard.config import EvaluateConfig, _option
 from linearard.errors import UserError
 from linearard.training_config import DTYPES
+
+_SHORT = (
+    "heldout_files", "heldout_length", "heldout_windows", "last_word_file", "last_word_number", "relation_windows",
+    "output",
+)  # fmt: skip
+_REPORT = (
+    "scaled", "compare", "task_limit", "lengths", "depths", "samples", "seed", "long_lengths", "long_windows", "bucket",
+    "output_dir",
+)  # fmt: skip
 
 
 @dataclass
@@ -53,10 +62,19 @@ class SuiteConfig(EvaluateConfig):
             raise UserError("bucket must be at least 2: the first token of a text is not predicted")
         if self.dtype not in DTYPES:
             raise UserError(f"unknown dtype {self.dtype!r}: write {' or '.join(DTYPES)}")
-        if self.wants_report and self.output:
-            raise UserError("--output belongs to the short evaluation; the report goes to --output_dir")
-        if not self.wants_report and (self.scaled or self.compare):
-            raise UserError("--scaled and --compare need something to compare: give --tasks or --long_files")
+        self._check_form()
+
+    def _check_form(self) -> None:
+        """Raise UserError for an option that the form of evaluation does not look at, short or report."""
+        unused = _SHORT if self.wants_report else _REPORT
+        for option in fields(self):
+            default = option.default if option.default_factory is MISSING else option.default_factory()
+            if option.name in unused and getattr(self, option.name) != default:
+                raise UserError(
+                    f"--{option.name} belongs to the short evaluation, which has neither --tasks nor --long_files"
+                    if self.wants_report
+                    else f"--{option.name} belongs to the report: give --tasks or --long_files"
+                )
 
     @property
     def wants_report(self) -> bool:
@@ -64,6 +82,6 @@ class SuiteConfig(EvaluateConfig):
         return bool(self.tasks or self.long_files)
 
     def examples(self) -> dict[str, Any]:
-        """The settings that decide what the models are measured on: reports can be compared where these agree."""
-        names = ("task_limit", "samples", "seed", "long_windows", "bucket")
+        """The settings that decide what the models are measured on, beside files: `Plan.examples`."""
+        names = ("task_limit", "depths", "samples", "seed", "long_windows", "bucket", "dtype")
         return {name: getattr(self, name) for name in names}

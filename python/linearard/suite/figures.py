@@ -25,8 +25,9 @@ class Figure:
 
     values: one per example (tasks) or document (perplexity), in an order that is the same for every model.
     metric: `accuracy` (shares) or `nll` (negative log-likelihood in nats, of a word or per token).
-    length: tokens of the context; depth: place of the needle in percent; positions: first and last token position of a
-    bucket of perplexity. variant: which of several metrics of a task this is; only the main one ("") enters means.
+    length: tokens of the context; depth: place of the needle in percent; positions: first token position of a bucket of
+    perplexity, from 0, and the one after its last. variant: which of several metrics of a task this is; only the main
+    one ("") enters means.
     """
 
     task: str
@@ -55,7 +56,7 @@ class Figure:
         if self.depth is not None:
             parts.append(f"depth {self.depth:g} %")
         if self.positions is not None:
-            parts.append(f"tokens {self.positions[0]:,} to {self.positions[1]:,}")
+            parts.append(f"tokens {self.positions[0]:,} to {self.positions[1] - 1:,}")
         return ", ".join(parts)
 
     @property

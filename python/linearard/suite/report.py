@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from linearard.report import environment, write_json
-from linearard.suite.config import SuiteConfig
+from linearard.report import atomically, environment, write_json
 from linearard.suite.figures import (
     ACCURACY,
     NLL,
@@ -85,9 +84,8 @@ def short_task_mean(results: Results) -> Row | None:
     return Row(f"mean of {len(tasks)} short tasks", ACCURACY, complete)
 
 
-def write_report(results: Results, config: SuiteConfig, device: torch.device, directory: Path) -> None:
-    """Write evaluation.json and evaluation.md; the directory is made."""
-    directory.mkdir(parents=True, exist_ok=True)
+def write_report(results: Results, device: torch.device, directory: Path) -> None:
+    """Write evaluation.json and evaluation.md into a directory that exists."""
     write_json(
         {
             "models": [
@@ -96,14 +94,14 @@ def write_report(results: Results, config: SuiteConfig, device: torch.device, di
             ],
             "teacher": results.teacher,
             "scaled": results.scaled,
-            "examples": config.examples(),
-            "dtype": config.dtype,
+            "examples": results.examples,
             "rows": [_row_json(row, results) for row in rows_of(results)],
             "environment": environment(device),
         },
         directory / "evaluation.json",
     )
-    (directory / "evaluation.md").write_text(markdown(results), encoding="utf-8")
+    with atomically(directory / "evaluation.md") as temporary:
+        temporary.write_text(markdown(results), encoding="utf-8")
 
 
 def markdown(results: Results) -> str:

@@ -34,11 +34,22 @@ def retrieval_figure(
     Tasks without depth get as many prompts as those with depth get at all depths together.
     """
     name, length, depth = cell
-    count = config.samples * (1 if SYNTHETIC_TASKS[name].has_depth else len(config.depths))
-    prompts = [make_prompt(name, tokenizer, length, depth, config.seed, index) for index in range(count)]
+    prompts = list(prompts_of(tokenizer, config, cell))
     texts = answers(model, tokenizer, prompts, config.evaluation_batch)
     values = tuple(score(prompt.answers, text, name) for prompt, text in zip(prompts, texts, strict=True))
     return Figure(name, ACCURACY, values, length, depth)
+
+
+def prompts_of(
+    tokenizer: PreTrainedTokenizerBase,
+    config: SuiteConfig,
+    cell: tuple[str, int, float | None],
+    filler: bool = True,
+) -> Iterator[Prompt]:
+    """The prompts of one cell of the grid; filler and errors as in `make_prompt`."""
+    name, length, depth = cell
+    for index in range(config.samples * (1 if SYNTHETIC_TASKS[name].has_depth else len(config.depths))):
+        yield make_prompt(name, tokenizer, length, depth, config.seed, index, filler)
 
 
 @torch.inference_mode()

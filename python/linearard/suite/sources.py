@@ -1,6 +1,7 @@
 """Where the figures of a model come from: a model to load, perhaps with its RoPE scaled, or an earlier report."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,10 @@ def context_range(config: PretrainedConfig) -> int:
 
     max_position_embeddings, which is the scaled one in linearard's and most checkpoints; where a scaling's own
     parameters say more (dynamic: factor times it; YaRN, llama3 and longrope: factor times the original context), that.
+    A configuration that names no context has no end.
     """
     config = config.get_text_config(decoder=True)
-    own = int(config.max_position_embeddings)
+    own = int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
     parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     factor = float(parameters.get("factor") or 1)
     if parameters.get("rope_type") == "dynamic":
@@ -77,51 +79,53 @@ def context_range(config: PretrainedConfig) -> int:
     return max(own, round(original * factor)) if original else own
 
 
-def check_context(label: str, config: PretrainedConfig, longest: int) -> None:
-    """Raise UserError where `longest` tokens are more than the model's range."""
+def check_context(label: str, config: PretrainedConfig, longest: int, option: str) -> None:
+    """Raise UserError where `longest` tokens, which `option` asks for, are more than the model's range."""
     most = context_range(config)
     if longest > most:
         raise UserError(
-            f"a context of {longest:,} tokens is longer than the range of the model {label!r}, {most:,} tokens; "
-            "--beyond_range true measures it all the same"
+            f"--{option}: a context of {longest:,} tokens is longer than the range of the model {label!r}, {most:,} "
+            "tokens; --beyond_range true measures it all the same"
         )
 
 
-def figures_of_report(source: Source, examples: dict[str, Any]) -> list[Figure]:
+def figures_of_report(source: Source, examples: dict[str, Any]) -> tuple[list[Figure], dict[str, str]]:
     """The figures of `source.label` in an earlier report; raises UserError where they cannot be compared.
 
-    examples: `SuiteConfig.examples()` of this run, which that report has to share.
+    examples: what `Plan.examples` says of this run. That report has to share the settings, and the contents of the
+    files that both have. Also returns the digests of the files of both.
     """
     path = source.report
     assert path is not None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         models = {model["label"]: model for model in content["models"]}
-        theirs = content["examples"]
+        theirs = dict(content["examples"])
+        their_files = dict(theirs.get("files", {}))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the report {str(path)!r}: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(path)!r} is not a report of linearard evaluate") from error
     if source.label not in models:
         raise UserError(f"the report {str(path)!r} has no model {source.label!r}; it has {', '.join(models)}")
-    for name, value in examples.items():
-        if theirs.get(name) != value:
-            raise UserError(
-                f"the report {str(path)!r} was measured with {name} {theirs.get(name)}, this run has {value}: they "
-                "cannot be compared"
-            )
-    return [figure_from_json(figure) for figure in models[source.label]["figures"]]
+    pairs = [(name, theirs.get(name, "unknown"), own) for name, own in examples.items() if name != "files"]
+    pairs += [(name, their_files[name], own) for name, own in examples["files"].items() if name in their_files]
+    different = [f"with {name} {other}, this run has {own}" for name, other, own in pairs if other != own]
+    if different:
+        raise UserError(f"the report {str(path)!r} was measured {'; '.join(different)}: they cannot be compared")
+    figures = [figure_from_json(figure) for figure in models[source.label]["figures"]]
+    return figures, {**their_files, **examples["files"]}
 
 
 def figure_from_json(content: dict[str, Any]) -> Figure:
     """The inverse of what `linearard.suite.report` writes."""
-    first_last = content.get("positions")
+    bounds = content.get("positions")
     return Figure(
         task=content["task"],
         metric=content["metric"],
         values=tuple(content["values"]),
         length=content.get("length"),
         depth=content.get("depth"),
-        positions=(first_last[0], first_last[1]) if first_last else None,
+        positions=(bounds[0], bounds[1]) if bounds else None,
         variant=content.get("variant", ""),
     )

@@ -58,12 +58,19 @@ class SyntheticTask:
 
 
 def make_prompt(
-    name: str, tokenizer: PreTrainedTokenizerBase, length: int, depth: float | None, seed: int, index: int
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    depth: float | None,
+    seed: int,
+    index: int,
+    filler: bool = True,
 ) -> Prompt:
     """Prompt number `index` of the task `name`, at most `length` tokens long together with its answer.
 
-    depth: where the needle is, in percent of the context; ignored by tasks that have none. Raises UserError where the
-    length leaves no room for the task.
+    depth: where the needle is, in percent of the context; ignored by tasks that have none. filler: without it the
+    prompt stays short, which is enough to know whether there is room. Raises UserError where the length leaves no room
+    for the task.
     """
     task = SYNTHETIC_TASKS[name]
     place = depth if task.has_depth and depth is not None else None
@@ -77,7 +84,7 @@ def make_prompt(
     new_tokens = len(answer) - len(space) + _SPARE_TOKENS
     start = sequence_start(tokenizer)
     room = length - new_tokens - len(start) - len(space)
-    ids = start + _fit(draft, tokenizer, room, f"{name} at {tokens_text(length)}") + space
+    ids = start + _fit(draft, tokenizer, room, f"{name} at {tokens_text(length)}", filler) + space
     return Prompt(ids, draft.answers, new_tokens)
 
 
@@ -90,8 +97,8 @@ def score(answers: tuple[str, ...], generated: str, name: str) -> float:
     return sum(answer in words for answer in answers) / len(answers)
 
 
-def _fit(draft: Draft, tokenizer: PreTrainedTokenizerBase, room: int, what: str) -> list[int]:
-    """Token ids of the draft with as much filler as fits into `room` tokens.
+def _fit(draft: Draft, tokenizer: PreTrainedTokenizerBase, room: int, what: str, filler: bool) -> list[int]:
+    """Token ids of the draft with as much filler as fits into `room` tokens, or with none.
 
     Tokens grow almost linearly with the size: interpolation between a size that fits and one that does not takes few
     tokenisations, where bisection would take many of 128K tokens each.
@@ -104,6 +111,8 @@ def _fit(draft: Draft, tokenizer: PreTrainedTokenizerBase, room: int, what: str)
     best = encode(0)
     if len(best) > room:
         raise UserError(f"{what} does not fit: the task itself needs {len(best):,} tokens, {room:,} are left for it")
+    if not filler:
+        return best
     low, fitting = 0, len(best)
     high, above = 0, 0  # a size that does not fit and its tokens; none known yet
     step = 16
