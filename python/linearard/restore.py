@@ -24,7 +24,7 @@ from linearard.evaluation import Evaluation, EvaluationData, States, damage_undo
 from linearard.models import check_tokenizer, load_config, load_model, load_tokenizer, make_readable
 from linearard.recipe import Recipe
 from linearard.rope import RopeScaling, check_length, restore_float32_rope, scale_rope
-from linearard.run_directory import RunProgress, StageResult, check_output, checkpoint_of, prepare_output
+from linearard.run_directory import RunProgress, StageResult, check_output, checkpoint_of, is_empty, prepare_output
 from linearard.stage_trainer import StageTrainer
 from linearard.stages import TITLES, WITH_TEACHER, Contexts, make_trainer, stage_dataset, step_tokens
 from linearard.teacher import merged
@@ -73,10 +73,11 @@ def restore(recipe: Recipe, display: Display) -> Restoration | None:
     clock = Clock()
     check_output(recipe)
     resumes = bool(recipe.run.resume_from_checkpoint)
+    begins = not resumes or is_empty(recipe.output)  # a checkpoint of another run may begin one
     progress = RunProgress.load(recipe.output) if resumes else RunProgress(recipe.output)
     with clock.measure("load"):
         session = _Session.load(recipe, progress, display, clock)
-    if session.reports and not resumes:
+    if session.reports and begins:
         prepare_output(recipe)
     session.start()
     for name in session.unfinished:

@@ -95,15 +95,22 @@ def check_output(recipe: Recipe) -> None:
         raise UserError("tensorboard is not installed: pip install tensorboard, or set report_to to none")
     if output.exists() and not output.is_dir():
         raise UserError(f"the output directory {str(output)!r} is a file")
+    is_run = (output / RUN_FILE).is_file()
     if run.resume_from_checkpoint:
         _check_checkpoint(run.resume_from_checkpoint, recipe)
+        if not is_run and not is_empty(output):
+            raise UserError(f"the output directory {str(output)!r} is not empty, and no run that could be resumed")
         return
-    replaceable = run.overwrite and (output / RUN_FILE).is_file()
-    if output.is_dir() and any(output.iterdir()) and not replaceable:
+    if not is_empty(output) and not (run.overwrite and is_run):
         raise UserError(
             f"the output directory {str(output)!r} is not empty: choose another, resume with "
             "--resume_from_checkpoint last, or replace an earlier run with --overwrite true"
         )
+
+
+def is_empty(output: Path) -> bool:
+    """Whether the directory has nothing in it, or is missing."""
+    return not output.exists() or not any(output.iterdir())
 
 
 def _check_checkpoint(name: str, recipe: Recipe) -> None:

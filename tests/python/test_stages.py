@@ -111,6 +111,27 @@ def test_a_finished_run_has_nothing_to_resume(tmp_path: Path) -> None:
     assert metrics(output)["stages"] == before["stages"]
 
 
+def test_resuming_from_a_checkpoint_of_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saving = ["--stages", "cpt", *CPT, "--save_strategy", "steps", "--save_steps", "2"]
+    assert main(arguments(tmp_path, tmp_path / "other", *saving)) == 0
+    resume = [*saving, "--resume_from_checkpoint", str(tmp_path / "other" / "cpt" / "checkpoint-2")]
+
+    mine = tmp_path / "mine"
+    (mine / "model").mkdir(parents=True)
+    files = [mine / "model" / "precious.bin", mine / "metrics.json"]
+    for file in files:
+        file.write_text("precious")
+    assert_refused(arguments(tmp_path, mine, *resume), "is not empty, and no run that could be resumed", capsys)
+    assert all(file.read_text() == "precious" for file in files)
+    assert sorted(path for path in mine.rglob("*") if path.is_file()) == sorted(files)
+
+    (tmp_path / "empty").mkdir()
+    for output in (tmp_path / "new", tmp_path / "empty", tmp_path / "new"):
+        assert main(arguments(tmp_path, output, *resume)) == 0
+        assert (output / "run.yaml").is_file()
+        assert metrics(output)["restored"] == metrics(tmp_path / "other")["restored"]
+
+
 @pytest.mark.parametrize(
     ("stages", "more"),
     [(["cpt"], CPT), (["longred"], LONGRED), (["none"], [])],
