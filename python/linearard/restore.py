@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from linearard.capture import capture_states, disable_capture, enable_capture
 from linearard.display import Display
 from linearard.evaluation import Evaluation, EvaluationData, States, damage_undone, evaluate_model, evaluation_batches
-from linearard.models import check_tokenizer, load_config, load_model, load_tokenizer, make_readable
+from linearard.models import check_tokenizer, load_config, load_model, load_tokenizer, make_readable, make_saveable
 from linearard.recipe import Recipe
 from linearard.rope import RopeScaling, check_length, restore_float32_rope, scale_rope
 from linearard.run_directory import RunProgress, StageResult, check_output, checkpoint_of, is_empty, prepare_output
@@ -230,6 +230,7 @@ class _Session:
 def load_native(run: ARDConfig) -> PreTrainedModel:
     """The model of a run with its native RoPE; its context as the run says."""
     model = load_model(run.model, dtype=DTYPES[run.model_dtype], trust_remote_code=run.trust_remote_code)
+    make_saveable(model)
     if run.native_context is not None:
         model.config.get_text_config(decoder=True).max_position_embeddings = run.native_context
     return model

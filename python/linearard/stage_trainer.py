@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from linearard.capture import masks_can_be_left_out, transformers_model, without_masks
 from linearard.errors import UserError
+from linearard.models import make_saveable
 from linearard.precision import frozen_weights_in, inputs_cast_once
 from linearard.rope import frequencies_are_fixed
 from linearard.step_graphs import StepGraphs
@@ -47,6 +48,8 @@ class StageTrainer(Trainer):
     attention: Sequence[SDPBackend] = ()  # torch's, the first that can run is taken; none: in torch's own order
 
     def __init__(self, model: nn.Module, args: StageConfig, **kwargs: Any) -> None:
+        if args.save_strategy != SaveStrategy.NO:
+            make_saveable(transformers_model(model))
         config = transformers_model(model).config
         use_cache = config.use_cache
         super().__init__(model=model, args=args, **kwargs)

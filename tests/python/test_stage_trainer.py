@@ -10,7 +10,8 @@ import pytest
 import torch
 from test_cpt import make_cpt_trainer
 from test_trainer import make_trainer
-from transformers import TrainerCallback
+from tiny_models import make_llama
+from transformers import GenerationConfig, TrainerCallback
 
 from linearard.errors import UserError
 from linearard.stage_trainer import DivergenceWatch, StageTrainer, checkpoints
@@ -66,6 +67,16 @@ def test_a_weight_that_no_loss_shows(tmp_path: Path) -> None:
     trainer.add_callback(PoisonRareToken())
     with pytest.raises(UserError, match="a trained weight is not finite"):
         trainer.train()
+
+
+def test_checkpoints_of_a_model_whose_generation_config_cannot_be_saved(tmp_path: Path) -> None:
+    model = make_llama()
+    model.generation_config = GenerationConfig(top_p=0.9)
+    make_cpt_trainer(tmp_path, model, max_steps=1, save_strategy="steps", save_steps=1).train()
+    assert GenerationConfig.from_pretrained(tmp_path / "checkpoint-1").do_sample
+    model.generation_config = GenerationConfig(length_penalty=2.0)
+    with pytest.raises(UserError, match="generation_config is invalid: `length_penalty`"):
+        make_cpt_trainer(tmp_path, model, save_strategy="steps")
 
 
 def test_a_rising_loss_is_told_once() -> None:
