@@ -6,7 +6,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -70,11 +70,11 @@ def restore(recipe: Recipe, display: Display) -> Restoration | None:
     Returns the measurements, or None on the processes of a distributed run that do not report. Raises UserError for
     settings, files or models that cannot be used, and for a training that diverges.
     """
-    clock = Clock()
     check_output(recipe)
     resumes = bool(recipe.run.resume_from_checkpoint)
     begins = not resumes or is_empty(recipe.output)  # a checkpoint of another run may begin one
-    progress = RunProgress.load(recipe.output) if resumes else RunProgress(recipe.output)
+    progress = RunProgress.load(recipe) if resumes else RunProgress.begin(recipe)
+    clock = Clock(progress.seconds)
     with clock.measure("load"):
         session = _Session.load(recipe, progress, display, clock)
     if session.reports and begins:
@@ -170,6 +170,7 @@ class _Session:
             self.progress.scaled = self.evaluate("Scaled model", self.trainer.model, self.trainer.teacher.states)
         else:
             self.progress.scaled = self.evaluate_with_native("Scaled model")
+        self.progress.seconds = self.clock.finish()
         self.progress.save()
 
     def run_stage(self, name: str) -> None:
@@ -183,7 +184,8 @@ class _Session:
             if self.reports:
                 trainer.add_callback(ProgressReport(progress))
             trainer.train(resume_from_checkpoint=checkpoint_of(self.recipe, name, self.unfinished[0]))
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - begin + trainer.seconds_before
+        self.clock.add("train", trainer.seconds_before)
         # Mixed precision was for training: the evaluations before it were in float32, too.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
         title = "Restored model" if name == self.recipe.stages[-1] else f"After {TITLES[name]}"
@@ -200,6 +202,7 @@ class _Session:
             self.save(self.progress.model_of(self.recipe, name), final=name == self.recipe.stages[-1])
             tokens = config.max_steps * step_tokens(config)
             self.progress.stages[name] = StageResult(evaluation, config.max_steps, tokens, trained, seconds, log)
+            self.progress.seconds = self.clock.finish()
             self.progress.save()
         enable_capture(self.model)
 
@@ -269,11 +272,17 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Clock:
-    """Seconds by phase."""
+    """Seconds by phase; earlier: what `finish` said before the run was resumed."""
 
-    def __init__(self) -> None:
+    def __init__(self, earlier: Mapping[str, float]) -> None:
         self._start = time.perf_counter()
-        self._seconds: dict[str, float] = {}
+        self._seconds = {phase: seconds for phase, seconds in earlier.items() if phase != "total"}
+        self._before = earlier.get("total", 0.0)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Add time that has passed before this clock was started."""
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+        self._before += seconds
 
     @contextmanager
     def measure(self, phase: str) -> Iterator[None]:
@@ -284,7 +293,7 @@ class Clock:
 
     def finish(self) -> dict[str, float]:
         """The phases and their total, which includes what was not measured."""
-        return {**self._seconds, "total": time.perf_counter() - self._start}
+        return {**self._seconds, "total": self._before + time.perf_counter() - self._start}
 
 
 class ProgressReport(TrainerCallback):

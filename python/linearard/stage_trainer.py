@@ -2,9 +2,11 @@
 
 import contextlib
 import inspect
+import json
 import math
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -25,6 +27,8 @@ from linearard.rope import frequencies_are_fixed
 from linearard.step_graphs import StepGraphs
 from linearard.training_config import StageConfig
 
+# In a checkpoint: the seconds of training up to it.
+SECONDS_FILE = "seconds.json"
 # On long sequences attention is most of a step, and cuDNN's is the fastest where it can run.
 LONG_TEXT_ATTENTION = (
     SDPBackend.CUDNN_ATTENTION,
@@ -63,6 +67,8 @@ class StageTrainer(Trainer):
         self._parts_since = 0
         self._graphs: StepGraphs | None = None
         self._staging: Path | None = None
+        self._begin = time.perf_counter()
+        self.seconds_before = 0.0  # of training, up to the checkpoint that was resumed
 
     # --- one optimizer step --------------------------------------------------------------------------------------
 
@@ -154,6 +160,7 @@ class StageTrainer(Trainer):
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
         """As in Trainer. Under mixed precision, casts that every step would repeat are made once."""
+        self._begin = time.perf_counter()
         with contextlib.ExitStack() as stack:
             if self.args.bf16:
                 for module in self.frozen_modules():
@@ -223,11 +230,18 @@ class StageTrainer(Trainer):
             self._staging = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            seconds = self.seconds_before + time.perf_counter() - self._begin
+            (staging / name / SECONDS_FILE).write_text(json.dumps(seconds), encoding="utf-8")
             shutil.rmtree(run_directory / name, ignore_errors=True)
             os.replace(staging / name, run_directory / name)
             shutil.rmtree(staging, ignore_errors=True)
             self._delete_old_checkpoints(run_directory)
         self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        file = Path(resume_from_checkpoint) / SECONDS_FILE
+        self.seconds_before = float(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else 0.0
 
     def _delete_old_checkpoints(self, run_directory: Path) -> None:
         limit = self.args.save_total_limit

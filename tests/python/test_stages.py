@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from linearard.cli import main
 from linearard.errors import UserError
+from linearard.evaluation import Evaluation
 from linearard.recipe import make_recipe, split_arguments
 from linearard.restore import ProgressReport
+from linearard.run_directory import RunProgress
 
 CPT = ["--cpt.sequence_length", "96", "--cpt.max_steps", "4", "--cpt.learning_rate=3e-3"]
 LONGRED = ["--longred.sequence_length", "96", "--longred.short_length", "16", "--longred.short_to_long_length", "48",
@@ -130,6 +132,60 @@ def test_resuming_from_a_checkpoint_of_another_run(tmp_path: Path, capsys: pytes
         assert main(arguments(tmp_path, output, *resume)) == 0
         assert (output / "run.yaml").is_file()
         assert metrics(output)["restored"] == metrics(tmp_path / "other")["restored"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "shown"),
+    [
+        ("scaling", ["yarn:8"], "scaling linear:4, yarn:8 was asked for"),
+        ("relations", ["key", "query:2"], "relations value attention, key query:2 was asked for"),
+        ("stages", ["ard", "cpt"], "stages ard, ard cpt was asked for"),
+        ("native_context", ["32"], "native_context None, 32 was asked for"),
+        ("heldout_windows", ["3"], "heldout_windows 4, 3 was asked for"),
+    ],
+)
+def test_a_run_is_resumed_with_its_settings(
+    setting: str, value: list[str], shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    made = make_recipe(arguments(tmp_path, output, "--max_steps", "1")[1:])
+    output.mkdir()
+    made.save(output / "run.yaml")
+    measured = Evaluation(1.0, 1.0, 1.0)
+    progress = RunProgress.begin(made)
+    progress.teacher = progress.scaled = measured
+    progress.save()
+    resume = [f"--{setting}", *value, "--resume_from_checkpoint", "last"]
+    if setting == "heldout_windows":
+        resume += ["--max_steps", "7"]  # which may change
+    assert_refused(arguments(tmp_path, output, *resume), f"has {shown}", capsys)
+    RunProgress.load(made)
+    # An earlier version wrote no settings.
+    content = json.loads((output / "progress.json").read_text())
+    del content["settings"], content["seconds"]
+    (output / "progress.json").write_text(json.dumps(content))
+    RunProgress.load(make_recipe(arguments(tmp_path, output, *resume)[1:]))
+
+
+def test_seconds_of_a_resumed_run_are_those_of_all_of_it(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    given = arguments(tmp_path, output, "--save_strategy", "steps", "--save_steps", "2")
+    with pytest.MonkeyPatch.context() as patch:
+        Interrupt("ard", 5)(patch)
+        assert main(given) == 130
+    seconds = output / "ard" / "checkpoint-4" / "seconds.json"
+    assert 0 < float(seconds.read_text()) < 600
+    seconds.write_text("1000.0")
+    progress = json.loads((output / "progress.json").read_text())
+    assert progress["seconds"]["total"] > progress["seconds"]["evaluate"] > 0
+    progress["seconds"] |= {"evaluate": 500.0, "total": 510.0}
+    (output / "progress.json").write_text(json.dumps(progress))
+    for _ in range(2):  # the second time there is nothing left to do
+        assert main([*given, "--resume_from_checkpoint", "last"]) == 0
+        found = metrics(output)
+        assert 1000 < found["stages"]["ard"]["seconds"] < 1500
+        assert 1000 < found["seconds"]["train"] < 1500 < 1510 < found["seconds"]["total"] < 2000
+        assert 500 < found["seconds"]["evaluate"] < 1000
 
 
 @pytest.mark.parametrize(
