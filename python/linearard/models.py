@@ -90,14 +90,12 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
 
 def random_model(name: str, architecture: dict[str, Any] | None, *, dtype: torch.dtype) -> PreTrainedModel:
     """A model with random weights, of the given configuration (`model_type` and sizes) or that of the model `name`."""
-    if architecture is None:
-        config = load_config(name)
-    else:
-        try:
-            config = AutoConfig.for_model(**architecture)
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"architecture is no configuration of a model: {_first_line(error)}") from error
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        config = load_config(name) if architecture is None else AutoConfig.for_model(**architecture)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, TypeError, KeyError) as error:
+        what = repr(name) if architecture is None else "architecture"
+        raise UserError(f"{what} is no configuration of a language model: {_first_line(error)}") from error
     assert isinstance(model, PreTrainedModel)
     return model
 

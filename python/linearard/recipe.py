@@ -185,6 +185,11 @@ def make_recipe(arguments: Sequence[str]) -> Recipe:
         raise
     except (ValueError, TypeError, ImportError) as error:  # transformers' own checks
         raise UserError(" ".join(str(error).split())) from error
+    for stage in (run, *sections.values()):
+        if stage.eval_strategy != "no" or stage.save_strategy == "best":
+            raise UserError(
+                "eval_strategy and save_strategy best need evaluation data: give a trainer an eval_dataset, in Python"
+            )
     output = Path(str(run.output_dir))
     written = {
         name: {key: value for key, value in section.changed_settings.items() if key in chosen[name]}

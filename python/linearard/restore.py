@@ -122,7 +122,8 @@ class _Session:
         check_length(run.heldout_length, contexts.scaled, "heldout_length")
         finished = progress.finished(recipe)
         saved = progress.model_of(recipe, finished[-1]) if finished else None
-        model = load_native(run) if saved is None else load_model(str(saved))
+        trusted = run.trust_remote_code
+        model = load_native(run) if saved is None else load_model(str(saved), trust_remote_code=trusted)
         check_tokenizer(tokenizer, model)
         data = EvaluationData.load(run, tokenizer)
         datasets = {

@@ -12,11 +12,12 @@ import torch
 import yaml
 from test_cli import SMALL, assert_refused
 from tiny_models import CONTEXT, random_ids, save_model, write_text
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from linearard.cli import main
 from linearard.errors import UserError
 from linearard.evaluation import Evaluation
+from linearard.models import load_model
 from linearard.recipe import make_recipe, split_arguments
 from linearard.restore import ProgressReport
 from linearard.run_directory import RunProgress
@@ -86,16 +87,27 @@ class Interrupt(TrainerCallback):
 @pytest.mark.parametrize(
     ("stage", "step"), [("ard", 6), ("cpt", 1), ("cpt", 3)], ids=["in ARD", "between the stages", "in CPT"]
 )
-def test_a_stopped_run_ends_with_the_same_weights(stage: str, step: int, tmp_path: Path) -> None:
+def test_a_stopped_run_ends_with_the_same_weights(
+    stage: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saving = ["--stages", "ard", "cpt", *CPT, "--save_strategy", "steps", "--save_steps", "2"]
     assert main(arguments(tmp_path, tmp_path / "whole", *saving)) == 0
     stopped = arguments(tmp_path, tmp_path / "stopped", *saving)
     with pytest.MonkeyPatch.context() as patch:
         Interrupt(stage, step)(patch)
         assert main(stopped) == 130
+    trusted = []
+
+    def load(name: str, *, trust_remote_code: bool = False, **settings: Any) -> PreTrainedModel:
+        trusted.append(trust_remote_code)
+        return load_model(name, **settings)
+
+    monkeypatch.setattr("linearard.restore.load_model", load)
     if stage == "cpt":  # what is finished is not needed any more
         shutil.rmtree(tmp_path / "stopped" / "ard" / "checkpoint-8")
-    assert main([*stopped, "--resume_from_checkpoint", "last"]) == 0
+    assert main([*stopped, "--resume_from_checkpoint", "last", "--trust_remote_code", "true"]) == 0
+    assert trusted
+    assert all(trusted), "the model between the stages brings the same code"
     first, second = metrics(tmp_path / "whole"), metrics(tmp_path / "stopped")
     for name in ("ard", "cpt"):
         losses = [[entry["loss"] for entry in found["stages"][name]["log"]] for found in (first, second)]
