@@ -144,6 +144,10 @@ class LongREDTrainer(StageTrainer):
             self.remember({f"{kind}_loss": loss.detach() * share})
         return (weight * loss, outputs) if return_outputs else weight * loss
 
+    def prediction_step(self, *arguments: Any, **keywords: Any) -> tuple[Tensor, None, None]:
+        """Refused: the mean over rows of different kinds would say nothing."""
+        raise UserError("LongReD has no loss of an eval_dataset: its rows are of three kinds")
+
     def _stretched_loss(self, model: nn.Module, ids: Tensor, positions: Tensor) -> Tensor:
         with torch.no_grad(), self.teacher.active() as teacher:
             expected = decoder_of(teacher)(input_ids=ids, use_cache=False).last_hidden_state

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from linearard.capture import masks_can_be_left_out, transformers_model, without_masks
@@ -44,6 +45,9 @@ class StageTrainer(Trainer):
     Losses are sums over items (tokens) divided by the items of all micro-batches and processes of an optimizer step, so
     that accumulation changes nothing. Checkpoints appear under their names only when complete, and never hold weights
     that are not finite; a loss that is not finite stops the run with a UserError.
+
+    With an `eval_dataset`, `evaluate()` gives the loss as eval_loss, the mean over the rows of the mean loss of their
+    batch; there are no labels, so `compute_metrics` is not called.
 
     A stage overrides `compute_loss` and, where its items are not the real tokens of a batch, `item_count`.
     """
@@ -148,6 +152,15 @@ class StageTrainer(Trainer):
         """Run the steps that are left without CUDA graphs: a profiler sees no operators in a replay."""
         self._graphs = None
 
+    # --- evaluation ----------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        """The loss of a batch, for which Trainer's own would want labels."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
     # --- training ------------------------------------------------------------------------------------------------
 
     def frozen_modules(self) -> list[nn.Module]:
@@ -229,7 +242,10 @@ class StageTrainer(Trainer):
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(run_directory / name)  # and not in the directory beside the others
         if self.args.should_save:
+            self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
             seconds = self.seconds_before + time.perf_counter() - self._begin
             (staging / name / SECONDS_FILE).write_text(json.dumps(seconds), encoding="utf-8")
             shutil.rmtree(run_directory / name, ignore_errors=True)
@@ -247,7 +263,8 @@ class StageTrainer(Trainer):
         limit = self.args.save_total_limit
         if limit is not None and limit > 0:
             for checkpoint in checkpoints(run_directory)[:-limit]:
-                shutil.rmtree(checkpoint, ignore_errors=True)
+                if str(checkpoint) != self.state.best_model_checkpoint:
+                    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 class DivergenceWatch(TrainerCallback):

@@ -40,7 +40,12 @@ def _one_thread() -> Iterator[None]:
 
 
 def make_trainer(
-    directory: Path, model: PreTrainedModel | None = None, *, rows: int = 32, **settings: Any
+    directory: Path,
+    model: PreTrainedModel | None = None,
+    *,
+    rows: int = 32,
+    eval_dataset: Blocks | None = None,
+    **settings: Any,
 ) -> ARDTrainer:
     config = ARDConfig(
         **{
@@ -55,7 +60,8 @@ def make_trainer(
             **settings,
         }
     )
-    return ARDTrainer(model or make_llama(), config, train_dataset=Blocks(random_ids(rows, 24)))
+    dataset = Blocks(random_ids(rows, 24))
+    return ARDTrainer(model or make_llama(), config, train_dataset=dataset, eval_dataset=eval_dataset)
 
 
 def gradients(trainer: ARDTrainer, micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
