@@ -183,8 +183,8 @@ def _convert_gguf(file: Path, target: Path) -> None:
 def make_readable(directory: Path) -> None:
     """Undo the private modes that temporary directories and safetensors give; for directories about to get a name."""
     directory.chmod(0o755)
-    for file in directory.iterdir():
-        file.chmod(0o644)
+    for path in directory.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

@@ -288,6 +288,19 @@ def test_models_with_wrong_weights(model: Path, text: Path, tmp_path: Path, caps
     refused(f"{key} is [60, 32] in its file, and [64, 32] by its configuration", {**weights, key: weights[key][:60]})
 
 
+def test_saved_files_and_directories_can_be_read_by_everybody(text: Path, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(model)
+    output = tmp_path / "run"
+    arguments = restore_arguments(model, text, output, "--max_steps", "1", "--report_to", "none", "--stages", "none")
+    assert main(arguments) == 0
+    assert (output / "model" / "additional_chat_templates" / "tool_use.jinja").is_file()
+    for path in (output / "model", *(output / "model").rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644)
+
+
 def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(model / "model.safetensors")
