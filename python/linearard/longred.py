@@ -13,7 +13,6 @@ from linearard.capture import decoder_of, enable_capture, few_logits, transforme
 from linearard.cpt import check_head, last_hidden_states, next_token_loss, next_tokens
 from linearard.errors import UserError
 from linearard.linear_cross_entropy import IGNORED
-from linearard.rope import context_of
 from linearard.stage_trainer import LONG_TEXT_ATTENTION, StageTrainer
 from linearard.teacher import make_student
 from linearard.training_config import LongREDConfig
@@ -95,7 +94,6 @@ class LongREDTrainer(StageTrainer):
         if wrong:
             raise UserError(f"the model has no layer {wrong[0]}; it has {depth}: 0 to {depth - 1}")
         student, self.teacher = make_student(model, scaling, args)
-        self.context = context_of(model)
         super().__init__(model=student, args=args, **kwargs)
         self.teacher.to(self.args.device)
 
