@@ -27,8 +27,11 @@ metrics.json, report.png, run.yaml (the settings) and a directory for each stage
 SECTIONS: dict[str, type[StageConfig]] = {"cpt": CPTConfig, "longred": LongREDConfig}
 # What a section takes over from the settings of the run unless it says otherwise.
 INHERITED = (
-    "train_files", "seed", "bf16", "use_cpu", "report_to", "save_strategy", "save_steps", "save_total_limit",
-    "logging_steps", "disable_tqdm",
+    "train_files", "seed", "data_seed", "full_determinism", "use_cpu",
+    "bf16", "fp16", "tf32", "cuda_graphs",
+    "report_to", "run_name", "project", "logging_strategy", "logging_steps", "logging_first_step",
+    "logging_nan_inf_filter", "log_level", "disable_tqdm",
+    "save_strategy", "save_steps", "save_total_limit", "save_only_model",
 )  # fmt: skip
 # Of transformers' options, those that --help shows.
 _USEFUL = {

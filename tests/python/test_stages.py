@@ -237,6 +237,19 @@ def test_settings_of_sections(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_what_sections_take_over() -> None:
+    given = {
+        "tf32": "false", "cuda_graphs": "false", "logging_strategy": "epoch", "logging_first_step": "true",
+        "data_seed": "4", "full_determinism": "true", "save_only_model": "true", "run_name": "mine",
+    }  # fmt: skip
+    options = [f"--{name}={value}" for name, value in given.items()]
+    made = make_recipe([*options, "--use_cpu", "--longred.run_name", "its"])
+    plain = make_recipe(["--use_cpu"]).stage("cpt")
+    for name in given:
+        assert getattr(made.run, name) == getattr(made.stage("cpt"), name) != getattr(plain, name)
+    assert made.stage("longred").run_name == "its"
+
+
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
