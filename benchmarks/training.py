@@ -308,8 +308,9 @@ def read_settings(path: Path) -> Iterator[dict[str, Any]]:
             yield {**settings, "name": name, "ard": ard, "needs": needs}
 
 
-def work(options: argparse.Namespace) -> None:
-    """Take runs until none is left or there is no time."""
+def work(options: argparse.Namespace) -> int:
+    """Take runs until none is left or there is no time; returns how many of them failed."""
+    failed = 0
     scorer = Scorer(options, load_tokenizer(options.model))
     for settings in read_settings(options.settings):
         for seed in settings.get("seeds", [1]):
@@ -335,13 +336,22 @@ def work(options: argparse.Namespace) -> None:
                 Run(settings, seed, options, scorer)(emit)
             except Exception:  # one run that fails does not end the others
                 traceback.print_exc()
+                failed += 1
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+    return failed
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs of this process: as in that of the user, where there is one."""
+    count = torch.cuda.device_count()
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [name.strip() for name in chosen.split(",")][:count] if chosen else [str(gpu) for gpu in range(count)]
 
 
 def main() -> None:
-    """Start the workers and wait for them."""
+    """Start the workers and wait for them; the exit status is 1 when a run has failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", type=Path, help="YAML file")
     parser.add_argument("--output", type=Path, required=True)
@@ -357,16 +367,16 @@ def main() -> None:
     options = parser.parse_args()
     options.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.claims is not None:
-        work(options)
-        return
+        sys.exit(1 if work(options) else 0)
     with tempfile.TemporaryDirectory() as claims:
         command = [sys.executable, *sys.argv, "--claims", claims, "--begin", str(options.begin)]
         workers = []
-        for gpu in range(max(1, torch.cuda.device_count())):
-            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+        for gpu in visible_gpus() or [""]:
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
             workers += [subprocess.Popen(command, env=environment) for _ in range(options.workers)]
-        for worker in workers:
-            worker.wait()
+        statuses = [worker.wait() for worker in workers]
+        if any(statuses):
+            sys.exit("not all runs succeeded: the errors are above")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from linearard.capture import decoder_of, enable_capture, few_logits, transforme
 from linearard.cpt import check_head, last_hidden_states, next_token_loss, next_tokens
 from linearard.errors import UserError
 from linearard.linear_cross_entropy import IGNORED
-from linearard.rope import context_of
 from linearard.stage_trainer import LONG_TEXT_ATTENTION, StageTrainer
 from linearard.teacher import make_student
 from linearard.training_config import LongREDConfig
@@ -95,7 +94,6 @@ class LongREDTrainer(StageTrainer):
         if wrong:
             raise UserError(f"the model has no layer {wrong[0]}; it has {depth}: 0 to {depth - 1}")
         student, self.teacher = make_student(model, scaling, args)
-        self.context = context_of(model)
         super().__init__(model=student, args=args, **kwargs)
         self.teacher.to(self.args.device)
 
@@ -143,6 +141,10 @@ class LongREDTrainer(StageTrainer):
             share = len(SCHEDULE) / SCHEDULE.count(kind) / self.args.gradient_accumulation_steps
             self.remember({f"{kind}_loss": loss.detach() * share})
         return (weight * loss, outputs) if return_outputs else weight * loss
+
+    def prediction_step(self, *arguments: Any, **keywords: Any) -> tuple[Tensor, None, None]:
+        """Refused: the mean over rows of different kinds would say nothing."""
+        raise UserError("LongReD has no loss of an eval_dataset: its rows are of three kinds")
 
     def _stretched_loss(self, model: nn.Module, ids: Tensor, positions: Tensor) -> Tensor:
         with torch.no_grad(), self.teacher.active() as teacher:

@@ -228,9 +228,11 @@ def _operand(states: Tensor) -> Tensor:
 def sequence_boundaries(position_ids: Tensor) -> Tensor | None:
     """Boundaries [S + 1] (int32) of the sequences packed into one row, from position ids [1, N] that restart at 0.
 
-    None when there is only one sequence.
+    None when there is only one sequence, or one in each of several rows. Raises UserError for several packed rows.
     """
     if position_ids.shape[0] != 1:
+        if bool((position_ids[:, 1:] == 0).any()):
+            raise UserError("packed sequences need a batch of one row: set the batch size to 1, or pad instead")
         return None
     length = position_ids.shape[1]
     starts = torch.nonzero(position_ids[0] == 0).flatten()

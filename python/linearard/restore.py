@@ -6,7 +6,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,10 +21,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from linearard.capture import capture_states, disable_capture, enable_capture
 from linearard.display import Display
 from linearard.evaluation import Evaluation, EvaluationData, States, damage_undone, evaluate_model, evaluation_batches
-from linearard.models import check_tokenizer, load_config, load_model, load_tokenizer, make_readable
+from linearard.models import check_tokenizer, load_config, load_model, load_tokenizer, make_readable, make_saveable
 from linearard.recipe import Recipe
 from linearard.rope import RopeScaling, check_length, restore_float32_rope, scale_rope
-from linearard.run_directory import RunProgress, StageResult, check_output, checkpoint_of, prepare_output
+from linearard.run_directory import RunProgress, StageResult, check_output, checkpoint_of, is_empty, prepare_output
 from linearard.stage_trainer import StageTrainer
 from linearard.stages import TITLES, WITH_TEACHER, Contexts, make_trainer, stage_dataset, step_tokens
 from linearard.teacher import merged
@@ -70,13 +70,14 @@ def restore(recipe: Recipe, display: Display) -> Restoration | None:
     Returns the measurements, or None on the processes of a distributed run that do not report. Raises UserError for
     settings, files or models that cannot be used, and for a training that diverges.
     """
-    clock = Clock()
     check_output(recipe)
     resumes = bool(recipe.run.resume_from_checkpoint)
-    progress = RunProgress.load(recipe.output) if resumes else RunProgress(recipe.output)
+    begins = not resumes or is_empty(recipe.output)  # a checkpoint of another run may begin one
+    progress = RunProgress.load(recipe) if resumes else RunProgress.begin(recipe)
+    clock = Clock(progress.seconds)
     with clock.measure("load"):
         session = _Session.load(recipe, progress, display, clock)
-    if session.reports and not resumes:
+    if session.reports and begins:
         prepare_output(recipe)
     session.start()
     for name in session.unfinished:
@@ -121,7 +122,8 @@ class _Session:
         check_length(run.heldout_length, contexts.scaled, "heldout_length")
         finished = progress.finished(recipe)
         saved = progress.model_of(recipe, finished[-1]) if finished else None
-        model = load_native(run) if saved is None else load_model(str(saved))
+        trusted = run.trust_remote_code
+        model = load_native(run) if saved is None else load_model(str(saved), trust_remote_code=trusted)
         check_tokenizer(tokenizer, model)
         data = EvaluationData.load(run, tokenizer)
         datasets = {
@@ -169,6 +171,7 @@ class _Session:
             self.progress.scaled = self.evaluate("Scaled model", self.trainer.model, self.trainer.teacher.states)
         else:
             self.progress.scaled = self.evaluate_with_native("Scaled model")
+        self.progress.seconds = self.clock.finish()
         self.progress.save()
 
     def run_stage(self, name: str) -> None:
@@ -182,7 +185,8 @@ class _Session:
             if self.reports:
                 trainer.add_callback(ProgressReport(progress))
             trainer.train(resume_from_checkpoint=checkpoint_of(self.recipe, name, self.unfinished[0]))
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - begin + trainer.seconds_before
+        self.clock.add("train", trainer.seconds_before)
         # Mixed precision was for training: the evaluations before it were in float32, too.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
         title = "Restored model" if name == self.recipe.stages[-1] else f"After {TITLES[name]}"
@@ -199,6 +203,7 @@ class _Session:
             self.save(self.progress.model_of(self.recipe, name), final=name == self.recipe.stages[-1])
             tokens = config.max_steps * step_tokens(config)
             self.progress.stages[name] = StageResult(evaluation, config.max_steps, tokens, trained, seconds, log)
+            self.progress.seconds = self.clock.finish()
             self.progress.save()
         enable_capture(self.model)
 
@@ -229,6 +234,7 @@ class _Session:
 def load_native(run: ARDConfig) -> PreTrainedModel:
     """The model of a run with its native RoPE; its context as the run says."""
     model = load_model(run.model, dtype=DTYPES[run.model_dtype], trust_remote_code=run.trust_remote_code)
+    make_saveable(model)
     if run.native_context is not None:
         model.config.get_text_config(decoder=True).max_position_embeddings = run.native_context
     return model
@@ -267,11 +273,17 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Clock:
-    """Seconds by phase."""
+    """Seconds by phase; earlier: what `finish` said before the run was resumed."""
 
-    def __init__(self) -> None:
+    def __init__(self, earlier: Mapping[str, float]) -> None:
         self._start = time.perf_counter()
-        self._seconds: dict[str, float] = {}
+        self._seconds = {phase: seconds for phase, seconds in earlier.items() if phase != "total"}
+        self._before = earlier.get("total", 0.0)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Add time that has passed before this clock was started."""
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+        self._before += seconds
 
     @contextmanager
     def measure(self, phase: str) -> Iterator[None]:
@@ -282,7 +294,7 @@ class Clock:
 
     def finish(self) -> dict[str, float]:
         """The phases and their total, which includes what was not measured."""
-        return {**self._seconds, "total": time.perf_counter() - self._start}
+        return {**self._seconds, "total": self._before + time.perf_counter() - self._start}
 
 
 class ProgressReport(TrainerCallback):

@@ -73,6 +73,8 @@ class RopeScaling:
             value = _number(value_text, f"{name!r} of the RoPE scaling {text!r}")
             if name == "theta":
                 theta = value
+            elif name in _OPTIONS[kind] and value <= 0:
+                raise UserError(f"{name!r} of the RoPE scaling {text!r} must be larger than 0")
             elif name in _OPTIONS[kind]:
                 options[name] = value
             else:

@@ -16,13 +16,18 @@ from linearard.stage_trainer import checkpoints
 
 RUN_FILE = "run.yaml"
 PROGRESS_FILE = "progress.json"
+# The settings that a run's measurements belong to, and which cannot change when it is resumed.
+MEASURED_WITH = (
+    "model", "scaling", "stages", "native_context", "relations", "heldout_files", "heldout_length", "heldout_windows",
+    "last_word_file", "last_word_number", "relation_windows",
+)  # fmt: skip
 # All that a run writes into its directory.
 RESULTS = (RUN_FILE, PROGRESS_FILE, "model", "metrics.json", "report.png", "ard", "cpt", "longred")
 
 
 @dataclass
 class StageResult:
-    """What a finished stage measured; log has the loss and its parts by step."""
+    """What a finished stage measured; log: the loss and its parts by step; seconds: those before a resumption, too."""
 
     evaluation: Evaluation
     steps: int
@@ -34,34 +39,59 @@ class StageResult:
 
 @dataclass
 class RunProgress:
-    """What a run has measured so far, in a file of its directory: a resumed run does not do it again."""
+    """What a run has measured so far, in a file of its directory: a resumed run does not do it again.
+
+    settings: those that the measurements belong to; seconds: spent so far, by phase.
+    """
 
     output: Path
+    settings: dict[str, Any]
     teacher: Evaluation | None = None
     scaled: Evaluation | None = None
     stages: dict[str, StageResult] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, output: Path) -> "RunProgress":
-        """The progress of the run in `output`; none if it was stopped before its first measurement."""
+    def begin(cls, recipe: Recipe) -> "RunProgress":
+        """Nothing measured yet."""
+        return cls(recipe.output, {name: getattr(recipe.run, name) for name in MEASURED_WITH})
+
+    @classmethod
+    def load(cls, recipe: Recipe) -> "RunProgress":
+        """The progress of the run in the output directory; none if it was stopped before its first measurement.
+
+        Raises UserError where the run was measured with other settings than the recipe's.
+        """
+        progress, output = cls.begin(recipe), recipe.output
         file = output / PROGRESS_FILE
         if not file.is_file():
-            return cls(output)
+            return progress
         try:
             content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             stages = {
                 name: StageResult(**{**stage, "evaluation": Evaluation(**stage["evaluation"])})
                 for name, stage in content["stages"].items()
             }
-            return cls(output, Evaluation(**content["teacher"]), Evaluation(**content["scaled"]), stages)
+            teacher, scaled = (Evaluation(**content[name]) for name in ("teacher", "scaled"))
+            # Earlier versions wrote neither settings nor seconds.
+            settings, seconds = content.get("settings", {}), content.get("seconds", {})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"cannot read the progress of the run in {str(output)!r}: {error}") from error
+        for name, asked in progress.settings.items():
+            if name in settings and settings[name] != asked:
+                raise UserError(
+                    f"the run in {str(output)!r} has {name} {_shown(settings[name])}, {_shown(asked)} was asked for: "
+                    "resume it with its own settings, or choose another output_dir"
+                )
+        return cls(output, progress.settings, teacher, scaled, stages, seconds)
 
     def save(self) -> None:
         """Write the file; it changes only as a whole."""
         assert self.teacher is not None
         assert self.scaled is not None
         content = {
+            "settings": self.settings,
+            "seconds": self.seconds,
             "teacher": asdict(self.teacher),
             "scaled": asdict(self.scaled),
             "stages": {name: asdict(stage) for name, stage in self.stages.items()},
@@ -95,15 +125,26 @@ def check_output(recipe: Recipe) -> None:
         raise UserError("tensorboard is not installed: pip install tensorboard, or set report_to to none")
     if output.exists() and not output.is_dir():
         raise UserError(f"the output directory {str(output)!r} is a file")
+    is_run = (output / RUN_FILE).is_file()
     if run.resume_from_checkpoint:
         _check_checkpoint(run.resume_from_checkpoint, recipe)
+        if not is_run and not is_empty(output):
+            raise UserError(f"the output directory {str(output)!r} is not empty, and no run that could be resumed")
         return
-    replaceable = run.overwrite and (output / RUN_FILE).is_file()
-    if output.is_dir() and any(output.iterdir()) and not replaceable:
+    if not is_empty(output) and not (run.overwrite and is_run):
         raise UserError(
             f"the output directory {str(output)!r} is not empty: choose another, resume with "
             "--resume_from_checkpoint last, or replace an earlier run with --overwrite true"
         )
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def is_empty(output: Path) -> bool:
+    """Whether the directory has nothing in it, or is missing."""
+    return not output.exists() or not any(output.iterdir())
 
 
 def _check_checkpoint(name: str, recipe: Recipe) -> None:

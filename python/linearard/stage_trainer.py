@@ -2,9 +2,11 @@
 
 import contextlib
 import inspect
+import json
 import math
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -15,15 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from linearard.capture import masks_can_be_left_out, transformers_model, without_masks
 from linearard.errors import UserError
+from linearard.models import make_saveable
 from linearard.precision import frozen_weights_in, inputs_cast_once
 from linearard.rope import frequencies_are_fixed
 from linearard.step_graphs import StepGraphs
 from linearard.training_config import StageConfig
 
+# In a checkpoint: the seconds of training up to it.
+SECONDS_FILE = "seconds.json"
 # On long sequences attention is most of a step, and cuDNN's is the fastest where it can run.
 LONG_TEXT_ATTENTION = (
     SDPBackend.CUDNN_ATTENTION,
@@ -40,6 +46,9 @@ class StageTrainer(Trainer):
     that accumulation changes nothing. Checkpoints appear under their names only when complete, and never hold weights
     that are not finite; a loss that is not finite stops the run with a UserError.
 
+    With an `eval_dataset`, `evaluate()` gives the loss as eval_loss, the mean over the rows of the mean loss of their
+    batch; there are no labels, so `compute_metrics` is not called.
+
     A stage overrides `compute_loss` and, where its items are not the real tokens of a batch, `item_count`.
     """
 
@@ -47,6 +56,8 @@ class StageTrainer(Trainer):
     attention: Sequence[SDPBackend] = ()  # torch's, the first that can run is taken; none: in torch's own order
 
     def __init__(self, model: nn.Module, args: StageConfig, **kwargs: Any) -> None:
+        if args.save_strategy != SaveStrategy.NO:
+            make_saveable(transformers_model(model))
         config = transformers_model(model).config
         use_cache = config.use_cache
         super().__init__(model=model, args=args, **kwargs)
@@ -60,6 +71,8 @@ class StageTrainer(Trainer):
         self._parts_since = 0
         self._graphs: StepGraphs | None = None
         self._staging: Path | None = None
+        self._begin = time.perf_counter()
+        self.seconds_before = 0.0  # of training, up to the checkpoint that was resumed
 
     # --- one optimizer step --------------------------------------------------------------------------------------
 
@@ -139,6 +152,15 @@ class StageTrainer(Trainer):
         """Run the steps that are left without CUDA graphs: a profiler sees no operators in a replay."""
         self._graphs = None
 
+    # --- evaluation ----------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        """The loss of a batch, for which Trainer's own would want labels."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
     # --- training ------------------------------------------------------------------------------------------------
 
     def frozen_modules(self) -> list[nn.Module]:
@@ -151,6 +173,7 @@ class StageTrainer(Trainer):
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
         """As in Trainer. Under mixed precision, casts that every step would repeat are made once."""
+        self._begin = time.perf_counter()
         with contextlib.ExitStack() as stack:
             if self.args.bf16:
                 for module in self.frozen_modules():
@@ -219,18 +242,29 @@ class StageTrainer(Trainer):
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(run_directory / name)  # and not in the directory beside the others
         if self.args.should_save:
+            self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+            seconds = self.seconds_before + time.perf_counter() - self._begin
+            (staging / name / SECONDS_FILE).write_text(json.dumps(seconds), encoding="utf-8")
             shutil.rmtree(run_directory / name, ignore_errors=True)
             os.replace(staging / name, run_directory / name)
             shutil.rmtree(staging, ignore_errors=True)
             self._delete_old_checkpoints(run_directory)
         self.accelerator.wait_for_everyone()
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        file = Path(resume_from_checkpoint) / SECONDS_FILE
+        self.seconds_before = float(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else 0.0
+
     def _delete_old_checkpoints(self, run_directory: Path) -> None:
         limit = self.args.save_total_limit
         if limit is not None and limit > 0:
             for checkpoint in checkpoints(run_directory)[:-limit]:
-                shutil.rmtree(checkpoint, ignore_errors=True)
+                if str(checkpoint) != self.state.best_model_checkpoint:
+                    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 class DivergenceWatch(TrainerCallback):

@@ -90,7 +90,7 @@ def make_trainable(model: PreTrainedModel, args: StageConfig) -> nn.Module:
     """Choose what of `model` is trained: LoRA adapters, or float32 weights of modules, or all of them."""
     model.requires_grad_(False)
     if args.lora_rank > 0:
-        _check_trainable(model, args.trainable)
+        _check_trainable(model, args.trainable, adapters=True)
         settings = LoraConfig(
             r=args.lora_rank,
             lora_alpha=args.lora_alpha,
@@ -103,7 +103,7 @@ def make_trainable(model: PreTrainedModel, args: StageConfig) -> nn.Module:
         return student
     everything = args.trainable == ["all"]
     if not everything:
-        _check_trainable(model, args.trainable)
+        _check_trainable(model, args.trainable, adapters=False)
     model.to(torch.float32)  # small steps vanish in bfloat16 weights
     restore_float32_rope(model)
     for name, parameter in model.named_parameters():
@@ -124,10 +124,16 @@ def merged(student: nn.Module) -> PreTrainedModel:
     return model
 
 
-def _check_trainable(model: nn.Module, names: list[str]) -> None:
+def _check_trainable(model: nn.Module, names: list[str], adapters: bool) -> None:
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name in names:
-        if not any(path == name or path.endswith(f".{name}") for path, _ in model.named_modules()):
+        found = [module for path, module in model.named_modules() if path == name or path.endswith(f".{name}")]
+        if not found:
             raise UserError(
                 f"the model has no module {name!r} to train; its linear layers: {', '.join(sorted(linear))}"
+            )
+        if adapters and not all(isinstance(module, nn.Linear | nn.Embedding) for module in found):
+            raise UserError(
+                f"LoRA has no adapters for {name!r}, which is no matrix: set lora_rank to 0, or name linear layers: "
+                f"{', '.join(sorted(linear))}"
             )

@@ -30,7 +30,8 @@ class ARDTrainer(StageTrainer):
     model: a causal language model with its native RoPE; it is scaled in place (and wrapped by peft for LoRA), and
     `trainer.model` is the student. Batches hold input_ids [B, N] and, if they need them, attention_mask [B, N]
     (padding) or position_ids [1, N] that restart at 0 (packed sequences). Everything else is Trainer's: distributed
-    data parallel through torchrun, accumulation, checkpointing, mixed precision, resuming, TensorBoard.
+    data parallel through torchrun, accumulation, checkpointing, mixed precision, resuming, evaluation (not with local
+    gradients), TensorBoard.
     """
 
     args: ARDConfig
@@ -91,6 +92,12 @@ class ARDTrainer(StageTrainer):
             if model.training:
                 self.remember({f"{name}_kl": part for name, part in parts.items()})
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, *arguments: Any, **keywords: Any) -> tuple[Tensor, None, None]:
+        """As in StageTrainer."""
+        if self._local is not None:
+            raise UserError("local gradients have no loss without a backward pass: to evaluate, set gradients to full")
+        return super().prediction_step(*arguments, **keywords)
 
     def _loss(
         self,

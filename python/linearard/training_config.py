@@ -83,6 +83,12 @@ class StageConfig(TrainingArguments):
             raise UserError(f"unknown repeated_distances {self.repeated_distances!r}: write random or far")
         if self.lora_rank < 0:
             raise UserError(f"lora_rank must not be negative, got {self.lora_rank}")
+        if self.lora_rank > 0 and self.lora_alpha <= 0:
+            raise UserError(f"lora_alpha must be larger than 0, got {self.lora_alpha}: nothing would be trained")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"lora_dropout must be at least 0 and less than 1, got {self.lora_dropout}")
+        if not self.learning_rate > 0:
+            raise UserError(f"learning_rate must be larger than 0, got {self.learning_rate}")
         if self.lora_rank > 0 and self.trainable == ["all"]:
             raise UserError("trainable 'all' trains full parameters: set lora_rank to 0")
         super().__post_init__()
@@ -195,6 +201,8 @@ class ARDConfig(EvaluationConfig, StageConfig):
                 self.architecture = json.loads(self.architecture)
             except json.JSONDecodeError as error:
                 raise UserError(f"architecture is not JSON: {error.msg}") from error
+        if not isinstance(self.architecture, dict | None):
+            raise UserError(f"architecture is not a JSON object, got {json.dumps(self.architecture)}")
         super().__post_init__()
 
 

@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from linearard.capture import disable_capture
 from linearard.display import Display
+from linearard.errors import UserError
 from linearard.models import random_model
 from linearard.recipe import Recipe
 from linearard.report import environment, write_json
@@ -114,6 +115,8 @@ def _is_outermost_relation(event: Any) -> bool:
 def measure(recipe: Recipe, display: Display) -> dict[str, StageCost]:
     """Run every stage of `recipe` with random weights and data; writes metrics.json into its output directory."""
     run = recipe.run
+    if run.resume_from_checkpoint:
+        raise UserError("random_weights measures every step anew: there is nothing to resume")
     check_output(recipe)
     display.say(f"Random weights: {run.model}")
     torch.manual_seed(run.seed)

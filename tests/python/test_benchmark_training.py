@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -48,9 +49,15 @@ def test_runs_of_two_seeds_and_their_table(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "claims").mkdir()  # as a worker: the command would start processes
     output = tmp_path / "out.jsonl"
     text = str(tmp_path / "text.jsonl")
-    run("training.py", str(tmp_path / "settings.yaml"), "--output", str(output), "--model", str(tmp_path / "model"),
+    arguments = [
+        "training.py", str(tmp_path / "settings.yaml"), "--output", str(output), "--model", str(tmp_path / "model"),
         "--train_files", text, "--heldout_files", text, "--tasks", str(tmp_path), "--commit", "abc",
-        "--seconds", "1e6", "--claims", str(tmp_path / "claims"))  # fmt: skip
+        "--seconds", "1e6", "--claims", str(tmp_path / "claims"),
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match="1"):  # one fails, and the others go on
+        run(*arguments)
+    with pytest.raises(SystemExit, match="0"):  # nothing is left to do
+        run(*arguments)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     stages = [(line["name"], line["seed"], line["stage"]) for line in lines]
     seeds = [("both", seed, stage) for seed in (1, 2) for stage in ("ard", "cpt")]
@@ -78,3 +85,27 @@ def test_runs_of_two_seeds_and_their_table(tmp_path: Path, capsys: pytest.Captur
     assert "±" in rows["both: after CPT"]
     assert "0.00M" in rows["short, 1 steps"]
     assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("chosen", "count", "expected"),
+    [(None, 2, ["0", "1"]), ("3,5", 2, ["3", "5"]), ("GPU-abc", 1, ["GPU-abc"]), ("", 0, [""]), (None, 0, [""])],
+)
+def test_workers_keep_the_choice_of_gpus_and_tell_of_failures(
+    chosen: str | None, count: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    started: list[str] = []
+
+    def start(command: list[str], env: dict[str, str]) -> SimpleNamespace:
+        started.append(env["CUDA_VISIBLE_DEVICES"])
+        return SimpleNamespace(wait=lambda: int(env["CUDA_VISIBLE_DEVICES"] == expected[0]))
+
+    monkeypatch.setattr("subprocess.Popen", start)
+    with pytest.raises(SystemExit, match="not all runs succeeded"):
+        run("training.py", "none.yaml", "--output", "none", "--train_files", "none", "--heldout_files", "none",
+            "--tasks", "none")  # fmt: skip
+    assert started == expected

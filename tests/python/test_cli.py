@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny_models import CONTEXT, make_tokenizer, random_ids, save_model, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -269,6 +270,56 @@ def test_bad_models(model: Path, text: Path, tmp_path: Path, capsys: pytest.Capt
 
     spoil(model, {"model_type": "no_such_model"})
     refused("cannot load")
+
+
+def test_models_with_wrong_weights(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = load_file(model / "model.safetensors")
+
+    def refused(reason: str, changed: dict[str, torch.Tensor]) -> None:
+        save_file(changed, model / "model.safetensors", metadata={"format": "pt"})
+        assert_refused(restore_arguments(model, text, tmp_path / "run"), reason, capsys)
+
+    key, other = "model.layers.1.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"
+    refused(f"its files lack the weight {key}", {name: weight for name, weight in weights.items() if name != key})
+    refused(
+        f"its files lack the weight {key} (and 1 more)",
+        {name: weight for name, weight in weights.items() if name not in (key, other)},
+    )
+    refused(f"{key} is [60, 32] in its file, and [64, 32] by its configuration", {**weights, key: weights[key][:60]})
+
+
+def test_saved_files_and_directories_can_be_read_by_everybody(text: Path, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(model)
+    output = tmp_path / "run"
+    arguments = restore_arguments(model, text, output, "--max_steps", "1", "--report_to", "none", "--stages", "none")
+    assert main(arguments) == 0
+    assert (output / "model" / "additional_chat_templates" / "tool_use.jinja").is_file()
+    for path in (output / "model", *(output / "model").rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644)
+
+
+def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(model / "model.safetensors")
+    loaded = load_model(str(model))
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("training", [[], ["--lora_rank", "0", "--save_strategy", "steps", "--save_steps", "1"]])
+def test_a_generation_config_that_cannot_be_saved(
+    training: list[str], model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = model / "generation_config.json"
+    settings.write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1}))
+    output = tmp_path / "run"
+    assert main(restore_arguments(model, text, output, "--max_steps", "1", "--report_to", "none", *training)) == 0
+    saved = json.loads((output / "model" / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["top_p"], saved["do_sample"]) == (0.6, 0.9, True)
+    settings.write_text(json.dumps({"length_penalty": 2.0}))
+    assert_refused(restore_arguments(model, text, tmp_path / "other"), "`length_penalty`: `num_beams` is set", capsys)
 
 
 def test_a_missing_bundled_model(

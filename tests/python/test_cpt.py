@@ -21,7 +21,12 @@ from linearard.training_config import CPTConfig
 
 
 def make_cpt_trainer(
-    directory: Path, model: PreTrainedModel | None = None, *, rows: int = 8, **settings: Any
+    directory: Path,
+    model: PreTrainedModel | None = None,
+    *,
+    rows: int = 8,
+    eval_dataset: Blocks | None = None,
+    **settings: Any,
 ) -> CPTTrainer:
     config = CPTConfig(
         **{
@@ -32,7 +37,7 @@ def make_cpt_trainer(
     if model is None:
         model = make_llama()
         scale_rope(model, RopeScaling.parse("linear:4"))
-    return CPTTrainer(model, config, train_dataset=Blocks(random_ids(rows, 48)))
+    return CPTTrainer(model, config, train_dataset=Blocks(random_ids(rows, 48)), eval_dataset=eval_dataset)
 
 
 def test_the_loss_is_that_of_transformers(tmp_path: Path) -> None:

@@ -24,6 +24,11 @@ from linearard.data import (
 )
 from linearard.errors import UserError
 
+# A gzip file with a byte of its compressed part changed.
+DAMAGED = bytes(
+    byte ^ 0xFF * (place == 12) for place, byte in enumerate(gzip.compress(sample_text()[:1000].encode(), mtime=0))
+)
+
 
 def test_blocks_are_the_text_with_bos_in_front() -> None:
     tokenizer = make_tokenizer()
@@ -129,6 +134,7 @@ def test_file_formats(suffix: str, tmp_path: Path) -> None:
         ("a.jsonl", b'{"txt": "x"}\n', "no field 'text'"),
         ("a.txt.gz", b"not gzip", "cannot read"),
         ("a.txt.gz", gzip.compress(b"x" * 1000, mtime=0)[:-9], "cannot read"),
+        ("a.txt.gz", DAMAGED, "cannot read"),
         ("a.txt", b"\xff\xfe\xff", "cannot read"),
         ("missing.txt", None, "does not exist"),
     ],

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from test_cpt import make_cpt_trainer
+from test_longred import make_longred_trainer
 from test_trainer import make_trainer
-from transformers import TrainerCallback
+from tiny_models import make_llama, random_ids
+from transformers import GenerationConfig, TrainerCallback
 
+from linearard.data import Blocks
 from linearard.errors import UserError
 from linearard.stage_trainer import DivergenceWatch, StageTrainer, checkpoints
 
@@ -66,6 +69,57 @@ def test_a_weight_that_no_loss_shows(tmp_path: Path) -> None:
     trainer.add_callback(PoisonRareToken())
     with pytest.raises(UserError, match="a trained weight is not finite"):
         trainer.train()
+
+
+def test_checkpoints_of_a_model_whose_generation_config_cannot_be_saved(tmp_path: Path) -> None:
+    model = make_llama()
+    model.generation_config = GenerationConfig(top_p=0.9)
+    make_cpt_trainer(tmp_path, model, max_steps=1, save_strategy="steps", save_steps=1).train()
+    assert GenerationConfig.from_pretrained(tmp_path / "checkpoint-1").do_sample
+    model.generation_config = GenerationConfig(length_penalty=2.0)
+    with pytest.raises(UserError, match="generation_config is invalid: `length_penalty`"):
+        make_cpt_trainer(tmp_path, model, save_strategy="steps")
+
+
+@pytest.mark.parametrize("stage", ["ard", "cpt"])
+def test_evaluation_gives_the_loss(stage: str, tmp_path: Path) -> None:
+    rows = Blocks(random_ids(3, 24, seed=5))
+    trainer = trainer_of(stage, tmp_path, per_device_eval_batch_size=2)
+    found = trainer.evaluate(rows)["eval_loss"]
+    with torch.no_grad():
+        expected = [trainer.compute_loss(trainer.model, {"input_ids": row[None]}) for row in rows.input_ids]
+    assert found == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("stage", ["ard", "cpt"])
+def test_the_best_checkpoint_is_loaded_at_the_end(stage: str, tmp_path: Path) -> None:
+    class Worse(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step > 2:
+                [p for p in kwargs["model"].parameters() if p.requires_grad][-1].data.mul_(100)
+
+    trainer = trainer_of(
+        stage, tmp_path, max_steps=5, learning_rate=1e-4, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+        save_steps=1, save_total_limit=1, load_best_model_at_end=True, warmup_steps=0,
+        eval_dataset=Blocks(random_ids(2, 24)),
+    )  # fmt: skip
+    trainer.add_callback(Worse())
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    best = losses.index(min(losses)) + 1
+    assert len(losses) == 5
+    assert best < 5
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_losses_that_cannot_be_evaluated(tmp_path: Path) -> None:
+    local = make_trainer(tmp_path, gradients="local", logits_weight=0.0)
+    with pytest.raises(UserError, match="local gradients have no loss without a backward pass"):
+        local.evaluate(Blocks(random_ids(2, 24)))
+    with pytest.raises(UserError, match="rows are of three kinds"):
+        make_longred_trainer(tmp_path).evaluate(Blocks(random_ids(2, 24)))
 
 
 def test_a_rising_loss_is_told_once() -> None:

@@ -12,12 +12,15 @@ import torch
 import yaml
 from test_cli import SMALL, assert_refused
 from tiny_models import CONTEXT, random_ids, save_model, write_text
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from linearard.cli import main
 from linearard.errors import UserError
+from linearard.evaluation import Evaluation
+from linearard.models import load_model
 from linearard.recipe import make_recipe, split_arguments
 from linearard.restore import ProgressReport
+from linearard.run_directory import RunProgress
 
 CPT = ["--cpt.sequence_length", "96", "--cpt.max_steps", "4", "--cpt.learning_rate=3e-3"]
 LONGRED = ["--longred.sequence_length", "96", "--longred.short_length", "16", "--longred.short_to_long_length", "48",
@@ -84,16 +87,27 @@ class Interrupt(TrainerCallback):
 @pytest.mark.parametrize(
     ("stage", "step"), [("ard", 6), ("cpt", 1), ("cpt", 3)], ids=["in ARD", "between the stages", "in CPT"]
 )
-def test_a_stopped_run_ends_with_the_same_weights(stage: str, step: int, tmp_path: Path) -> None:
+def test_a_stopped_run_ends_with_the_same_weights(
+    stage: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saving = ["--stages", "ard", "cpt", *CPT, "--save_strategy", "steps", "--save_steps", "2"]
     assert main(arguments(tmp_path, tmp_path / "whole", *saving)) == 0
     stopped = arguments(tmp_path, tmp_path / "stopped", *saving)
     with pytest.MonkeyPatch.context() as patch:
         Interrupt(stage, step)(patch)
         assert main(stopped) == 130
+    trusted = []
+
+    def load(name: str, *, trust_remote_code: bool = False, **settings: Any) -> PreTrainedModel:
+        trusted.append(trust_remote_code)
+        return load_model(name, **settings)
+
+    monkeypatch.setattr("linearard.restore.load_model", load)
     if stage == "cpt":  # what is finished is not needed any more
         shutil.rmtree(tmp_path / "stopped" / "ard" / "checkpoint-8")
-    assert main([*stopped, "--resume_from_checkpoint", "last"]) == 0
+    assert main([*stopped, "--resume_from_checkpoint", "last", "--trust_remote_code", "true"]) == 0
+    assert trusted
+    assert all(trusted), "the model between the stages brings the same code"
     first, second = metrics(tmp_path / "whole"), metrics(tmp_path / "stopped")
     for name in ("ard", "cpt"):
         losses = [[entry["loss"] for entry in found["stages"][name]["log"]] for found in (first, second)]
@@ -109,6 +123,81 @@ def test_a_finished_run_has_nothing_to_resume(tmp_path: Path) -> None:
     before = metrics(output)
     assert main(arguments(tmp_path, output, "--resume_from_checkpoint", "last")) == 0
     assert metrics(output)["stages"] == before["stages"]
+
+
+def test_resuming_from_a_checkpoint_of_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saving = ["--stages", "cpt", *CPT, "--save_strategy", "steps", "--save_steps", "2"]
+    assert main(arguments(tmp_path, tmp_path / "other", *saving)) == 0
+    resume = [*saving, "--resume_from_checkpoint", str(tmp_path / "other" / "cpt" / "checkpoint-2")]
+
+    mine = tmp_path / "mine"
+    (mine / "model").mkdir(parents=True)
+    files = [mine / "model" / "precious.bin", mine / "metrics.json"]
+    for file in files:
+        file.write_text("precious")
+    assert_refused(arguments(tmp_path, mine, *resume), "is not empty, and no run that could be resumed", capsys)
+    assert all(file.read_text() == "precious" for file in files)
+    assert sorted(path for path in mine.rglob("*") if path.is_file()) == sorted(files)
+
+    (tmp_path / "empty").mkdir()
+    for output in (tmp_path / "new", tmp_path / "empty", tmp_path / "new"):
+        assert main(arguments(tmp_path, output, *resume)) == 0
+        assert (output / "run.yaml").is_file()
+        assert metrics(output)["restored"] == metrics(tmp_path / "other")["restored"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "shown"),
+    [
+        ("scaling", ["yarn:8"], "scaling linear:4, yarn:8 was asked for"),
+        ("relations", ["key", "query:2"], "relations value attention, key query:2 was asked for"),
+        ("stages", ["ard", "cpt"], "stages ard, ard cpt was asked for"),
+        ("native_context", ["32"], "native_context None, 32 was asked for"),
+        ("heldout_windows", ["3"], "heldout_windows 4, 3 was asked for"),
+    ],
+)
+def test_a_run_is_resumed_with_its_settings(
+    setting: str, value: list[str], shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    made = make_recipe(arguments(tmp_path, output, "--max_steps", "1")[1:])
+    output.mkdir()
+    made.save(output / "run.yaml")
+    measured = Evaluation(1.0, 1.0, 1.0)
+    progress = RunProgress.begin(made)
+    progress.teacher = progress.scaled = measured
+    progress.save()
+    resume = [f"--{setting}", *value, "--resume_from_checkpoint", "last"]
+    if setting == "heldout_windows":
+        resume += ["--max_steps", "7"]  # which may change
+    assert_refused(arguments(tmp_path, output, *resume), f"has {shown}", capsys)
+    RunProgress.load(made)
+    # An earlier version wrote no settings.
+    content = json.loads((output / "progress.json").read_text())
+    del content["settings"], content["seconds"]
+    (output / "progress.json").write_text(json.dumps(content))
+    RunProgress.load(make_recipe(arguments(tmp_path, output, *resume)[1:]))
+
+
+def test_seconds_of_a_resumed_run_are_those_of_all_of_it(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    given = arguments(tmp_path, output, "--save_strategy", "steps", "--save_steps", "2")
+    with pytest.MonkeyPatch.context() as patch:
+        Interrupt("ard", 5)(patch)
+        assert main(given) == 130
+    seconds = output / "ard" / "checkpoint-4" / "seconds.json"
+    assert 0 < float(seconds.read_text()) < 600
+    seconds.write_text("1000.0")
+    progress = json.loads((output / "progress.json").read_text())
+    assert progress["seconds"]["total"] > progress["seconds"]["evaluate"] > 0
+    progress["seconds"] |= {"evaluate": 500.0, "total": 510.0}
+    (output / "progress.json").write_text(json.dumps(progress))
+    for _ in range(2):  # the second time there is nothing left to do
+        assert main([*given, "--resume_from_checkpoint", "last"]) == 0
+        found = metrics(output)
+        assert 1000 < found["stages"]["ard"]["seconds"] < 1500
+        assert 1000 < found["seconds"]["train"] < 1500 < 1510 < found["seconds"]["total"] < 2000
+        assert 500 < found["seconds"]["evaluate"] < 1000
 
 
 @pytest.mark.parametrize(
@@ -146,6 +235,19 @@ def test_settings_of_sections(tmp_path: Path) -> None:
     assert split_arguments(["--a", "1", "--cpt.b", "2", "3", "--c.d", "--longred.e=4"]) == {
         "": ["--a", "1", "--c.d"], "cpt": ["--b", "2", "3"], "longred": ["--e=4"],
     }  # fmt: skip
+
+
+def test_what_sections_take_over() -> None:
+    given = {
+        "tf32": "false", "cuda_graphs": "false", "logging_strategy": "epoch", "logging_first_step": "true",
+        "data_seed": "4", "full_determinism": "true", "save_only_model": "true", "run_name": "mine",
+    }  # fmt: skip
+    options = [f"--{name}={value}" for name, value in given.items()]
+    made = make_recipe([*options, "--use_cpu", "--longred.run_name", "its"])
+    plain = make_recipe(["--use_cpu"]).stage("cpt")
+    for name in given:
+        assert getattr(made.run, name) == getattr(made.stage("cpt"), name) != getattr(plain, name)
+    assert made.stage("longred").run_name == "its"
 
 
 @pytest.mark.parametrize(

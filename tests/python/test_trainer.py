@@ -40,7 +40,12 @@ def _one_thread() -> Iterator[None]:
 
 
 def make_trainer(
-    directory: Path, model: PreTrainedModel | None = None, *, rows: int = 32, **settings: Any
+    directory: Path,
+    model: PreTrainedModel | None = None,
+    *,
+    rows: int = 32,
+    eval_dataset: Blocks | None = None,
+    **settings: Any,
 ) -> ARDTrainer:
     config = ARDConfig(
         **{
@@ -55,7 +60,8 @@ def make_trainer(
             **settings,
         }
     )
-    return ARDTrainer(model or make_llama(), config, train_dataset=Blocks(random_ids(rows, 24)))
+    dataset = Blocks(random_ids(rows, 24))
+    return ARDTrainer(model or make_llama(), config, train_dataset=dataset, eval_dataset=eval_dataset)
 
 
 def gradients(trainer: ARDTrainer, micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -162,6 +168,20 @@ def test_packed_sequences_equal_separate_ones(tmp_path: Path) -> None:
     assert_same(separate, together)
 
 
+def test_packed_rows_of_a_larger_batch_are_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    ids = random_ids(2, 24)
+    packed = torch.stack([torch.arange(24), torch.arange(12).repeat(2)])
+    with pytest.raises(UserError, match="packed sequences need a batch of one row"):
+        trainer.compute_loss(trainer.model, {"input_ids": ids, "position_ids": packed})
+    with torch.no_grad():
+        plain, counted = (
+            trainer.compute_loss(trainer.model, {"input_ids": ids, **more})
+            for more in ({}, {"position_ids": torch.arange(24).expand(2, 24)})
+        )
+    torch.testing.assert_close(plain, counted)
+
+
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
 def test_checkpointing_changes_no_gradient(bf16: bool, tmp_path: Path) -> None:
     batch = [{"input_ids": random_ids(2, 24)}]
@@ -213,6 +233,8 @@ def test_parts_of_the_loss_are_logged(tmp_path: Path) -> None:
     [
         ({"layers": [5]}, "no attention layer 5"),
         ({"trainable": ["query_key_value"]}, "no module 'query_key_value' to train; its linear layers: down_proj"),
+        ({"trainable": ["q_proj", "mlp"]}, "LoRA has no adapters for 'mlp', .*name linear layers: down_proj, "),
+        ({"trainable": ["input_layernorm"]}, "LoRA has no adapters for 'input_layernorm'"),
         ({"trainable": ["lm_head"], "lora_rank": 0}, "nothing to train"),
     ],
 )

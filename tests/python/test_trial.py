@@ -65,6 +65,26 @@ def test_an_architecture_of_the_model_itself(tmp_path: Path) -> None:
     assert cost["step_seconds"] > 0
 
 
+def test_an_architecture_of_no_language_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--architecture", '{"model_type": "clip"}', "--random_weights", "true", "--use_cpu"]
+    assert main(["restore", *given, "--output_dir", str(tmp_path / "run"), "--report_to", "none"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("linearard: architecture is no configuration of a language model")
+
+
+def test_there_is_nothing_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, output = save_model(tmp_path / "model"), tmp_path / "run"
+    (output / "model").mkdir(parents=True)  # of a finished run
+    kept = [output / name for name in ("run.yaml", "progress.json", "metrics.json", "model/weights")]
+    for file in kept:
+        file.write_text("{}")
+    given = ["restore", "--model", str(model), "--random_weights", "true", "--output_dir", str(output), "--use_cpu"]
+    assert main([*given, "--report_to", "none", "--resume_from_checkpoint", "last"]) == 2
+    assert "nothing to resume" in capsys.readouterr().err
+    assert all(file.read_text() == "{}" for file in kept)
+
+
 def test_a_share_counts_each_moment_once() -> None:
     def event(key: str, own: float, total: float, caller: SimpleNamespace | None = None) -> SimpleNamespace:
         return SimpleNamespace(key=key, self_cpu_time_total=own, cpu_time_total=total, cpu_parent=caller)

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -194,7 +195,7 @@ def _open(file: Path) -> Iterator[IO[str]]:
             yield stream
     except FileNotFoundError as error:
         raise UserError(f"the data file {str(file)!r} does not exist") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"cannot read the data file {str(file)!r}: {error}") from error
 
 
