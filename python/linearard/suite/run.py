@@ -141,8 +141,10 @@ def _sources(config: SuiteConfig) -> dict[str, Source]:
 
 def _check_models(sources: list[Source], plan: Plan, config: SuiteConfig) -> None:
     """Raise UserError for a model without a usable configuration, or whose range the longest context exceeds."""
-    contexts = {"lengths": config.lengths if plan.synthetic else []}
-    contexts["long_lengths"] = config.long_lengths if plan.documents else []
+    contexts = {
+        "lengths": config.lengths if plan.synthetic else [],
+        "long_lengths": config.long_lengths if plan.documents else [],
+    }
     for source in sources:
         model_config = source.load_config(config)
         for option, lengths in contexts.items():
