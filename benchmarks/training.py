@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import itertools
 import json
 import math
 import os
@@ -81,6 +82,7 @@ class Scorer:
 
     def __init__(self, options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> None:
         self.options, self.tokenizer = options, tokenizer
+        self._passkeys: dict[int, list[Row]] = {}
 
     def __call__(self, model: PreTrainedModel, names: Sequence[str], lengths: Sequence[int]) -> dict[str, float]:
         """The named scores of a copy of `model` in bfloat16."""
@@ -93,13 +95,11 @@ class Scorer:
             if SHORT in names:
                 found |= self.short(copied)
             if PERPLEXITY in names:
-                windows = evaluation_windows(self.options.heldout_files, self.tokenizer, WINDOW, WINDOWS)
-                losses = [float(position_losses(copied, ids.to(copied.device)).mean()) for ids in windows.split(1)]
+                windows = self.windows.to(copied.device).split(1)
+                losses = [float(position_losses(copied, ids).mean()) for ids in windows]
                 found["ppl"] = sum(losses) / len(losses)
             if LONG in names:
-                texts = read_documents(self.options.heldout_files)
-                documents = document_windows(texts, self.tokenizer, LONG_WINDOW, LONG_WINDOWS)
-                figures = perplexity_figures(copied, documents, WINDOW)
+                figures = perplexity_figures(copied, self.documents, WINDOW)
                 found |= {"p32a": math.exp(figures[1].estimate.value), "p32b": math.exp(figures[-1].estimate.value)}
             if PASSKEY in names:
                 found |= {f"k{length}": self.passkey(copied, length) for length in lengths}
@@ -124,17 +124,22 @@ class Scorer:
     def passkey(self, model: PreTrainedModel, length: int) -> float:
         """The share of keys found at `length` x 1,024 tokens, over all depths."""
         right = 0
-        for depth in DEPTHS:
-            for index in range(PROMPTS):
+        for row in self.passkeys(length):
+            ids = torch.tensor([row.ids], device=model.device)
+            hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0, row.context - 1 : -1]
+            right += int((_logits(model, hidden).argmax(-1) == ids[0, row.context :]).all())
+        return right / (len(DEPTHS) * PROMPTS)
+
+    def passkeys(self, length: int) -> list[Row]:
+        """Prompts of `length` x 1,024 tokens with their keys, over all depths."""
+        if length not in self._passkeys:
+            rows = self._passkeys.setdefault(length, [])
+            for depth, index in itertools.product(DEPTHS, range(PROMPTS)):
                 prompt = make_prompt("passkey", self.tokenizer, length * 1024, depth, 0, index)
                 answer = self.encode([" " + prompt.answers[0]])[0]
                 # The prompt may end with the space before the number.
-                ids = torch.tensor([prompt.ids + answer[_shared(prompt.ids, answer) :]], device=model.device)
-                hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[
-                    0, len(prompt.ids) - 1 : -1
-                ]
-                right += int((_logits(model, hidden).argmax(-1) == ids[0, len(prompt.ids) :]).all())
-        return right / (len(DEPTHS) * PROMPTS)
+                rows.append(Row(prompt.ids + answer[_shared(prompt.ids, answer) :], len(prompt.ids)))
+        return self._passkeys[length]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids without special tokens."""
@@ -147,6 +152,16 @@ class Scorer:
         contexts = self.encode([context for context, _ in pairs])
         whole = self.encode([f"{context} {continuation}" for context, continuation in pairs])
         return [Row(start + ids, len(start) + len(own)) for own, ids in zip(contexts, whole, strict=True)]
+
+    @cached_property
+    def windows(self) -> Tensor:
+        """Those of the perplexity."""
+        return evaluation_windows(self.options.heldout_files, self.tokenizer, WINDOW, WINDOWS)
+
+    @cached_property
+    def documents(self) -> list[Tensor]:
+        """Those of the perplexity by position."""
+        return document_windows(read_documents(self.options.heldout_files), self.tokenizer, LONG_WINDOW, LONG_WINDOWS)
 
     @cached_property
     def last_words(self) -> list[Row]:

@@ -7,17 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from linearard.capture import decoder_of, enable_capture, few_logits, transformers_model
+from linearard.capture import enable_capture, transformers_model
 from linearard.errors import UserError
-from linearard.linear_cross_entropy import IGNORED, linear_cross_entropy
+from linearard.head import check_head, last_hidden_states
+from linearard.linear_losses import IGNORED, linear_cross_entropy
 from linearard.stage_trainer import LONG_TEXT_ATTENTION, StageTrainer
 from linearard.teacher import make_trainable
 from linearard.training_config import CPTConfig
-
-# Heads that do more than a matrix product, by the name of the setting in a model's configuration.
-_OTHER_HEADS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": None}
 
 
 class CPTTrainer(StageTrainer):
@@ -39,6 +36,7 @@ class CPTTrainer(StageTrainer):
             with contextlib.suppress(UserError):
                 enable_capture(model)
         student = make_trainable(model, args)
+        check_head(transformers_model(student))  # adapters of a head would get no gradient
         super().__init__(model=student, args=args, **kwargs)
 
     def item_count(self, batch: Mapping[str, Any]) -> Tensor:
@@ -79,41 +77,7 @@ def next_tokens(batch: Mapping[str, Any]) -> Tensor:
     return targets
 
 
-def last_hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
-    """(what the head of `model` reads, [B, N, D]; the model's outputs with next to none of its logits).
-
-    The model runs as a whole, for the hooks of distributed data parallel; its decoder is listened to.
-    """
-    found: list[Tensor] = []
-
-    def listen(module: nn.Module, arguments: tuple[Any, ...], output: BaseModelOutputWithPast) -> None:
-        assert output.last_hidden_state is not None
-        found.append(output.last_hidden_state)
-
-    inner = getattr(model, "module", model)
-    handle = decoder_of(inner).register_forward_hook(listen)
-    try:
-        outputs = model(**inputs, **few_logits(inner, 1), use_cache=False)
-    finally:
-        handle.remove()
-    return found[0], outputs
-
-
 def next_token_loss(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
     """The summed cross-entropy in nats of the model's head on `hidden` [B, N, D] with `targets` [B, N]."""
     head: Any = model.get_output_embeddings()
     return linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets.flatten(), head.bias)
-
-
-def check_head(model: PreTrainedModel) -> None:
-    """Raise UserError for a model whose head is more than a linear layer, which this loss would get wrong."""
-    head = model.get_output_embeddings()
-    config = model.config.get_text_config(decoder=True)
-    if not isinstance(head, nn.Linear):
-        raise UserError(f"{type(model).__name__} has no linear language-model head")
-    for name, neutral in _OTHER_HEADS.items():
-        value = getattr(config, name, neutral)
-        if value not in (neutral, None, 1.0):
-            raise UserError(
-                f"{type(model).__name__} changes its logits by {name} ({value}), which CPT does not support"
-            )

@@ -10,9 +10,10 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel
 
 from linearard.capture import decoder_of, enable_capture, few_logits, transformers_model
-from linearard.cpt import check_head, last_hidden_states, next_token_loss, next_tokens
+from linearard.cpt import next_token_loss, next_tokens
 from linearard.errors import UserError
-from linearard.linear_cross_entropy import IGNORED
+from linearard.head import check_head, last_hidden_states
+from linearard.linear_losses import IGNORED
 from linearard.stage_trainer import LONG_TEXT_ATTENTION, StageTrainer
 from linearard.teacher import make_student
 from linearard.training_config import LongREDConfig
@@ -94,6 +95,7 @@ class LongREDTrainer(StageTrainer):
         if wrong:
             raise UserError(f"the model has no layer {wrong[0]}; it has {depth}: 0 to {depth - 1}")
         student, self.teacher = make_student(model, scaling, args)
+        check_head(transformers_model(student))  # adapters of a head would get no gradient
         super().__init__(model=student, args=args, **kwargs)
         self.teacher.to(self.args.device)
 

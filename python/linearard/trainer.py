@@ -16,6 +16,8 @@ from linearard.capture import (
     transformers_model,
 )
 from linearard.errors import UserError
+from linearard.head import check_head, last_hidden_states
+from linearard.linear_losses import linear_kl
 from linearard.local_gradients import LocalGradients
 from linearard.losses import ARDLoss, parse_relations, sequence_boundaries
 from linearard.rope import attention_factors
@@ -60,6 +62,7 @@ class ARDTrainer(StageTrainer):
             if args.world_size > 1:
                 raise UserError("local gradients run in one process; for several, set gradients to full")
             self._local = LocalGradients(student, self.teacher, self.relations, self.layers)
+        self._linear_head = _has_linear_head(student)
         self._attention = _train_only_what_gets_gradients(student, self.layers, self.relations, self._local)
         super().__init__(model=student, args=args, **kwargs)
         self.teacher.to(self.args.device)
@@ -110,50 +113,86 @@ class ARDTrainer(StageTrainer):
         if self._local is not None:
             loss, parts = self._local(inputs, structure, num_items)
             return loss, None, parts
-        teacher, teacher_logits = self._teacher_pass(inputs)
+        teacher, expected = self._teacher_pass(inputs)
         with capturing(self.layers) as capture:
-            # The whole model, for the hooks of distributed data parallel, but no more of its costly logits than needed.
-            outputs = model(**inputs, **few_logits(self.model, self._logits_kept), use_cache=False)
+            # The whole model, for the hooks of distributed data parallel.
+            found, outputs = self._predictions(model, inputs)
         loss, parts = self.relations(capture.states, teacher, num_items=num_items, **structure)
         # From here on autograd alone keeps states alive, and the backward pass frees them layer by layer.
         capture.states.clear()
         teacher.clear()
-        if teacher_logits is not None:
+        if expected is not None:
             mask = structure["key_padding_mask"]
-            distance = logits_divergence(outputs.logits, teacher_logits, self.args.logits_positions, mask)
+            distance = self._logits_distance(found, expected, mask)
             tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
             share = distance if num_items is None else distance * (tokens / num_items)
             loss = loss + self.args.logits_weight * share
             parts["logits"] = share.detach()
         return loss, outputs, parts
 
-    @property
-    def _logits_kept(self) -> int:
-        """Number of last positions whose logits are computed; 0: all, as in transformers."""
-        return (self.args.logits_positions or 0) if self.args.logits_weight > 0 else 1
+    def _predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """What the logits are compared by, and the outputs of `model`.
+
+        That is what a linear head reads, [B, N, D], whose logits come chunk by chunk then; of other heads the logits
+        [B, M, V], and no more of them than needed.
+        """
+        if self._linear_head:
+            return last_hidden_states(model, inputs)
+        kept = (self.args.logits_positions or 0) if self.args.logits_weight > 0 else 1  # 0 is all, as in transformers
+        outputs = model(**inputs, **few_logits(self.model, kept), use_cache=False)
+        return outputs.logits, outputs
 
     def _teacher_pass(self, inputs: dict[str, Any]) -> tuple[dict[int, LayerStates], Tensor | None]:
         if self.args.logits_weight == 0:
             return self.teacher.states(layers=self.layers, **inputs), None
         with torch.no_grad(), self.teacher.active() as teacher, capturing(self.layers) as capture:
-            outputs = teacher(**inputs, **few_logits(teacher, self._logits_kept), use_cache=False)
-        return capture.states, outputs.logits
+            expected, _ = self._predictions(teacher, inputs)
+        return capture.states, expected
+
+    def _logits_distance(self, found: Tensor, expected: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Mean KL(teacher || student) in nats at the last `logits_positions` of each sequence, of `_predictions`."""
+        if self.args.logits_positions is not None:
+            last = slice(-self.args.logits_positions, None)
+            found, expected = found[:, last], expected[:, last]
+        mask = None if padding_mask is None else padding_mask[:, -found.shape[1] :]
+        if not self._linear_head:
+            return logits_divergence(found, expected, mask)
+        own, others = (_head(model) for model in (self.model, self.teacher.frozen_copy or self.model))
+        total = linear_kl(
+            found.flatten(0, 1),
+            own.weight,
+            expected.flatten(0, 1),
+            others.weight,
+            own.bias,
+            others.bias,
+            mask=None if mask is None else mask.flatten(),
+        )
+        return total / (found[..., 0].numel() if mask is None else mask.sum().clamp(min=1))
 
 
-def logits_divergence(student: Tensor, teacher: Tensor, positions: int | None, padding_mask: Tensor | None) -> Tensor:
-    """Mean KL(teacher || student) in nats of next-token distributions at the last `positions` of each sequence.
+def logits_divergence(student: Tensor, teacher: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    """Mean KL(teacher || student) in nats of next-token distributions.
 
-    student, teacher: logits [B, N, V]; positions: None takes all; padding_mask: [B, M] bool, M >= N, True at real
-    tokens: padding does not count.
+    student, teacher: logits [B, N, V]; padding_mask: [B, N] bool, True at real tokens: padding does not count.
     """
-    if positions is not None:
-        student, teacher = student[:, -positions:], teacher[:, -positions:]
     student, teacher = student.float(), teacher.float()
     rows = kl_div(log_softmax(student, -1), log_softmax(teacher, -1), reduction="none", log_target=True).sum(-1)
     if padding_mask is None:
         return rows.mean()
-    real = padding_mask[:, -rows.shape[1] :]
-    return (rows * real).sum() / real.sum().clamp(min=1)
+    return (rows * padding_mask).sum() / padding_mask.sum().clamp(min=1)
+
+
+def _has_linear_head(model: nn.Module) -> bool:
+    try:
+        check_head(transformers_model(model))
+    except UserError:
+        return False
+    return True
+
+
+def _head(model: nn.Module) -> nn.Linear:
+    head: Any = transformers_model(model).get_output_embeddings()
+    return head
 
 
 def _train_only_what_gets_gradients(

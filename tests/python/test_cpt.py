@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedModel
 from linearard.cpt import CPTTrainer, next_tokens
 from linearard.data import Blocks
 from linearard.errors import UserError
-from linearard.linear_cross_entropy import IGNORED
+from linearard.linear_losses import IGNORED
 from linearard.rope import RopeScaling, scale_rope
 from linearard.training_config import CPTConfig
 
@@ -131,3 +131,5 @@ def test_a_head_that_does_more_is_refused(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(UserError, match="final_logit_softcapping"):
         make_cpt_trainer(tmp_path, AutoModelForCausalLM.from_config(config))
+    with pytest.raises(UserError, match="the language-model head of LlamaForCausalLM is no linear layer"):
+        make_cpt_trainer(tmp_path, lora_rank=4, trainable=["q_proj", "lm_head"])

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import make_llama, random_ids
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedModel
 
 from linearard.capture import capture_states, enable_capture
 from linearard.data import Blocks
@@ -322,3 +322,46 @@ def test_logits_are_compared_at_all_positions_by_default(padded: bool, tmp_path:
         losses = [trainer.compute_loss(trainer.model, dict(batch[0])) for trainer in (default, length, last)]
     assert losses[0] == losses[1] != losses[2]
     assert_same(gradients(length, batch), gradients(default, batch), relative=0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 0, "trainable": ["all"]}], ids=["lora", "all weights"])
+@pytest.mark.parametrize("positions", [None, 8])
+def test_chunks_of_a_linear_head_give_the_loss_of_its_logits(
+    settings: dict[str, Any], positions: int | None, tmp_path: Path
+) -> None:
+    ids = random_ids(2, 24)
+    mask = torch.ones_like(ids)
+    mask[1, 20:] = 0
+    batch = [{"input_ids": ids, "attention_mask": mask}]
+    chunked, whole = (make_trainer(tmp_path, logits_positions=positions, **settings) for _ in range(2))
+    assert chunked._linear_head
+    whole._linear_head = False
+    with torch.no_grad():
+        for trainer in (chunked, whole):  # adapters begin as zero, and so would the divergence
+            for parameter in trainer.model.parameters():
+                if parameter.requires_grad:
+                    torch.manual_seed(parameter.numel())
+                    parameter += 0.1 * torch.randn_like(parameter)
+        losses = [trainer.compute_loss(trainer.model, dict(batch[0])) for trainer in (chunked, whole)]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    assert_same(gradients(whole, batch), gradients(chunked, batch))
+
+
+def test_logits_that_are_more_than_a_linear_layer(tmp_path: Path) -> None:
+    config = Gemma2Config(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5, attn_logit_softcapping=None,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    trainer = make_trainer(tmp_path, model, lora_rank=0, trainable=["all"], logits_weight=5.0)
+    ids = random_ids(2, 24) % 50
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)  # the cap matters
+        structure: dict[str, torch.Tensor | None] = {"key_padding_mask": None, "cu_seqlens": None}
+        parts = trainer._loss(trainer.model, {"input_ids": ids}, structure, None)[2]
+        log_q, log_p = (m(ids).logits.log_softmax(-1) for m in (trainer.model, trainer.teacher.frozen_copy))
+        head = trainer.model.lm_head(trainer.model.model(ids).last_hidden_state).log_softmax(-1)
+    expected, uncapped = ((log_p.exp() * (log_p - other)).sum(-1).mean() for other in (log_q, head))
+    assert uncapped > 2 * expected
+    torch.testing.assert_close(parts["logits"], expected, rtol=1e-4, atol=0)
