@@ -10,6 +10,10 @@ Where max_steps of ard is a list, so is needs, and each is a run, whose name end
 `--workers` processes on each GPU take the runs in their order; none begins that would not end within --seconds. Every
 score is one line of --output, written at once.
 
+Processes that share a GPU take longer, each; less so where NVIDIA's MPS runs (`nvidia-cuda-mps-control -d`). With `--cost`, one process alone measures a step of every setting whose
+max_steps is a list: 24 steps, nothing scored; the line has the median of their seconds, the peak of the memory and the
+share of the relation operators.
+
 Scores are quicker to get than those of `linearard evaluate`: last words and choices by log-likelihood in bfloat16
 without lm-evaluation-harness; passkeys in one pass without generation, by whether each digit is the model's own choice
 after those before it (what it would write behind them does not count).
@@ -54,6 +58,7 @@ from linearard.suite.synthetic import make_prompt
 from linearard.teacher import merged
 from linearard.trainer import ARDTrainer
 from linearard.training_config import ARDConfig, CPTConfig, LongREDConfig
+from linearard.trial import StepTimes
 
 # What of the package's defaults the runs change: docs/training.md says why.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -67,6 +72,7 @@ WINDOWS, WINDOW = 64, 2048
 LONG_WINDOWS, LONG_WINDOW = 2, 32768  # of each document
 DEPTHS, PROMPTS = (0.0, 25.0, 50.0, 75.0, 100.0), 4
 TOKENS_AT_ONCE = 32768
+COST_STEPS = 24
 
 
 @dataclass(frozen=True)
@@ -289,6 +295,9 @@ class Run:
         on_gpu = self.options.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
+        clock = StepTimes(trainer) if self.options.cost else None
+        if clock is not None:
+            trainer.add_callback(clock)
         begin = time.perf_counter()
         trainer.train()
         if on_gpu:
@@ -301,6 +310,9 @@ class Run:
         peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
         del trainer
         gc.collect()
+        if clock is not None:
+            emit("cost", {"step_seconds": clock.median, "peak": peak, "relation_kl_share": clock.share})
+            return model
         numbers = {"tokens": self.tokens, "seconds": seconds, "peak": peak, "log": losses[:2] + losses[-2:]}
         emit(stage, {**numbers, **self.score(model)})
         return model
@@ -311,12 +323,16 @@ class Run:
         return self.scorer(model, names, self.settings.get("lengths", [1, 4, 8, 16, 32]))
 
 
-def read_settings(path: Path) -> Iterator[dict[str, Any]]:
-    """The runs of a file, one for each entry of a list of steps."""
+def read_settings(path: Path, cost: bool = False) -> Iterator[dict[str, Any]]:
+    """The runs of a file, one for each entry of a list of steps; cost: one for each such list, and no others."""
     for settings in yaml.safe_load(path.read_text(encoding="utf-8")):
         steps = settings.get("ard", {}).get("max_steps")
         if not isinstance(steps, list):
-            yield settings
+            if not cost:
+                yield settings
+            continue
+        if cost:
+            yield {**settings, "ard": {**settings["ard"], "max_steps": COST_STEPS}, "seeds": [1], "needs": 0}
             continue
         for count, needs in zip(steps, settings["needs"], strict=True):
             name, ard = f"{settings['name']}, {count} steps", {**settings["ard"], "max_steps": count}
@@ -327,7 +343,7 @@ def work(options: argparse.Namespace) -> int:
     """Take runs until none is left or there is no time; returns how many of them failed."""
     failed = 0
     scorer = Scorer(options, load_tokenizer(options.model))
-    for settings in read_settings(options.settings):
+    for settings in read_settings(options.settings, options.cost):
         for seed in settings.get("seeds", [1]):
             name = settings["name"]
             if time.time() - options.begin + settings.get("needs", 0) > options.seconds:
@@ -375,18 +391,21 @@ def main() -> None:
     parser.add_argument("--heldout_files", nargs="+", required=True)
     parser.add_argument("--tasks", type=Path, required=True, help=f"directory of {', '.join(TASKS)} (.jsonl)")
     parser.add_argument("--workers", type=int, default=1, help="processes on each GPU")
+    parser.add_argument("--cost", action="store_true", help="measure steps, alone, instead of training")
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--commit", default="unknown", help="recorded in the output")
     parser.add_argument("--claims", type=Path, help=argparse.SUPPRESS)  # of a worker: the directory that all share
     parser.add_argument("--begin", type=float, default=time.time(), help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.cost and options.workers > 1:
+        parser.error("--cost measures what a step costs alone: with one worker")
     if options.claims is not None:
         sys.exit(1 if work(options) else 0)
     with tempfile.TemporaryDirectory() as claims:
         command = [sys.executable, *sys.argv, "--claims", claims, "--begin", str(options.begin)]
         workers = []
-        for gpu in visible_gpus() or [""]:
+        for gpu in (visible_gpus() or [""])[: 1 if options.cost else None]:
             environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
             workers += [subprocess.Popen(command, env=environment) for _ in range(options.workers)]
         statuses = [worker.wait() for worker in workers]

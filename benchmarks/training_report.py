@@ -1,15 +1,17 @@
-"""The table and the picture of runs of benchmarks/training.py: every setting with its seeds, side by side.
+"""The tables and the picture of runs of benchmarks/training.py: every setting with its seeds, side by side.
 
     python benchmarks/training_report.py training.jsonl [--picture FILE.png]
 
 Prints Markdown: means and standard deviations over seeds. "Closed" is the share of the distance from the run named by
 --scaled (untrained) to the teacher, in negative log-likelihood; tasks are also in percent of the teacher's accuracy.
+Runs that are named by their steps ("NAME, 64 steps") are a second table: a row for each NAME, a column for the tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 LENGTHS = (1, 4, 8, 16, 32, 64)
 STAGES = {"ard": "ARD", "longred": "LongReD", "cpt": "CPT"}
 Runs = dict[tuple[str, str], list[dict[str, Any]]]
+_STEPS = re.compile(r"(.*), [\d,]+ steps")
 
 
 def read(files: list[Path]) -> Runs:
@@ -49,36 +52,95 @@ def shown(values: list[float], form: str) -> str:
     return f"{text} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else text
 
 
-def table(runs: Runs, teacher: dict[str, Any], scaled: dict[str, Any]) -> str:
-    """Markdown."""
+class Scores:
+    """What runs of one name reached, as text, beside the teacher and the scaled model."""
+
+    def __init__(self, teacher: dict[str, Any], scaled: dict[str, Any]) -> None:
+        self._teacher, self._scaled = teacher, scaled
+
+    def closed(self, group: list[dict[str, Any]], field: str) -> str:
+        """The share of the distance to the teacher, in percent; nothing where it was not measured."""
+        if field not in self._scaled or field not in self._teacher:
+            return ""
+        distance = self._scaled[field] - self._teacher[field]
+        return shown([100 * (self._scaled[field] - value) / distance for value in values(group, field)], ".1f")
+
+    def tasks(self, group: list[dict[str, Any]]) -> str:
+        """Their mean accuracy, in percent of the teacher's."""
+        if not self._teacher.get("dev4"):
+            return ""
+        return shown([100 * value / self._teacher["dev4"] for value in values(group, "dev4")], ".1f")
+
+
+def values(group: list[dict[str, Any]], field: str) -> list[float]:
+    """Of the runs that have it."""
+    return [run[field] for run in group if field in run]
+
+
+def passkeys(group: list[dict[str, Any]]) -> str:
+    """The shares found, by length."""
+    keys = [mean(group, f"k{length}") for length in LENGTHS]
+    return " ".join(f"{key:.2f}" for key in keys if key is not None)
+
+
+def percent(text: str) -> str:
+    """With its sign, where there is a number."""
+    return f"{text} %" if text else ""
+
+
+def by_name(runs: Runs) -> Runs:
+    """The runs of the first table."""
+    return {key: group for key, group in runs.items() if not _STEPS.fullmatch(key[0]) and key[1] != "cost"}
+
+
+def table(runs: Runs, scores: Scores) -> str:
+    """Markdown: a row for each name."""
     heads = ["", "tokens", "seeds", "last words, closed", "perplexity, closed", "last 2K of 32K",
              "tasks, of the teacher's", "passkey", "training"]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for (name, stage), group in runs.items():
-
-        def values(field: str, group: list[dict[str, Any]] = group) -> list[float]:
-            return [run[field] for run in group if field in run]
-
-        def closed(field: str) -> str:
-            if field not in scaled or field not in teacher:
-                return ""
-            distance = scaled[field] - teacher[field]
-            found = [100 * (scaled[field] - value) / distance for value in values(field)]
-            return f"{shown(found, '.1f')} %" if found else ""
-
-        share = [100 * value / teacher["dev4"] for value in values("dev4")] if teacher.get("dev4") else []
-        keys = [mean(group, f"k{length}") for length in LENGTHS]
+        seconds = shown(values(group, "seconds"), ".0f")
         cells = [
             label(runs, name, stage),
             f"{group[0]['tokens'] / 1e6:.2f}M" if "tokens" in group[0] else "",
             str(len(group)),
-            closed("lam"),
-            closed("ppl"),
-            shown(values("p32b"), ".1f"),
-            f"{shown(share, '.1f')} %" if share else "",
-            " ".join(f"{key:.2f}" for key in keys if key is not None),
-            f"{shown(values('seconds'), '.0f')} s" if values("seconds") else "",
+            percent(scores.closed(group, "lam")),
+            percent(scores.closed(group, "ppl")),
+            shown(values(group, "p32b"), ".1f"),
+            percent(scores.tasks(group)),
+            passkeys(group),
+            f"{seconds} s" if seconds else "",
         ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def table_by_tokens(runs: Runs, scores: Scores) -> str:
+    """Markdown: a row for each name without its steps, and a column for each number of tokens; "" without such runs.
+
+    A cell has last words and perplexity, closed, in percent; the perplexity of the last 2K of 32K; and the tasks, in
+    percent of the teacher's. The passkey is that of the most tokens with which it was scored.
+    """
+    rows: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for (name, stage), group in runs.items():
+        found = _STEPS.fullmatch(name)
+        if found and stage != "cost":
+            rows.setdefault(found[1], {})[f"{group[0]['tokens'] / 1e6:.2f}M"] = group
+    columns = sorted({tokens for row in rows.values() for tokens in row})
+    if not rows:
+        return ""
+    heads = ["", "ms a step", "GiB", *columns, "passkey"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for name, row in rows.items():
+        cost = runs.get((name, "cost"), [])
+        cells = [name, shown([1000 * value for value in values(cost, "step_seconds")], ".0f"),
+                 shown(values(cost, "peak"), ".1f")]  # fmt: skip
+        for tokens in columns:
+            group = row.get(tokens, [])
+            parts = (scores.closed(group, "lam"), scores.closed(group, "ppl"), shown(values(group, "p32b"), ".1f"),
+                     scores.tasks(group))  # fmt: skip
+            cells.append(" / ".join(part for part in parts if part))
+        cells.append(next(filter(None, (passkeys(row[tokens]) for tokens in sorted(row, reverse=True))), ""))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -129,9 +191,10 @@ def main() -> None:
         if needed not in runs:
             parser.error(f"no run {needed[0]!r} ({needed[1]}) to compare with")
     teacher, scaled = runs["teacher", "teacher"][0], runs[options.scaled, "untrained"][0]
-    print(table(runs, teacher, scaled))
+    named, scores = by_name(runs), Scores(teacher, scaled)
+    print(table(named, scores), table_by_tokens(runs, scores), sep="\n\n")
     if options.picture is not None:
-        draw(runs, teacher, options.picture)
+        draw(named, teacher, options.picture)
 
 
 if __name__ == "__main__":

@@ -77,13 +77,21 @@ def test_runs_of_two_seeds_and_their_table(tmp_path: Path, capsys: pytest.Captur
         (trained["lambada"] + trained["arc_easy"] + trained["boolq"] + trained["openbook_qa"]) / 4
     )
     assert trained["boolq"] == 0.5
+    (tmp_path / "costs").mkdir()
+    with pytest.raises(SystemExit, match="0"):
+        run(*arguments[:-1], str(tmp_path / "costs"), "--cost")
+    costs = [json.loads(line) for line in output.read_text().splitlines()][len(lines) :]
+    assert [(line["name"], line["stage"]) for line in costs] == [("short", "cost")]
+    assert costs[0]["step_seconds"] > 0
+    assert 0 < costs[0]["relation_kl_share"] < 1
     capsys.readouterr()
     run("training_report.py", str(output), "--picture", str(tmp_path / "picture.png"))
-    rows = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines()}
+    rows = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line}
     assert "| 100.0 % |" in rows["teacher"]
     assert "| 0.0 % |" in rows["PI x4 untrained"]
     assert "±" in rows["both: after CPT"]
-    assert "0.00M" in rows["short, 1 steps"]
+    assert rows[""].split(" | ")[1:] == ["ms a step", "GiB", "0.00M", "passkey |"], "the second table is the last"
+    assert "/" in rows["short"]
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
