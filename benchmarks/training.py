@@ -10,9 +10,9 @@ Where max_steps of ard is a list, so is needs, and each is a run, whose name end
 `--workers` processes on each GPU take the runs in their order; none begins that would not end within --seconds. Every
 score is one line of --output, written at once.
 
-Processes that share a GPU take longer, each; less so where NVIDIA's MPS runs (`nvidia-cuda-mps-control -d`). With `--cost`, one process alone measures a step of every setting whose
-max_steps is a list: 24 steps, nothing scored; the line has the median of their seconds, the peak of the memory and the
-share of the relation operators.
+Processes that share a GPU take longer, each; less so where NVIDIA's MPS runs (`nvidia-cuda-mps-control -d`). With
+`--cost`, one process alone measures a step of every setting whose max_steps is a list: 24 steps, nothing scored; the
+line has the median of their seconds, the peak of the memory and the share of the relation operators.
 
 Scores are quicker to get than those of `linearard evaluate`: last words and choices by log-likelihood in bfloat16
 without lm-evaluation-harness; passkeys in one pass without generation, by whether each digit is the model's own choice
