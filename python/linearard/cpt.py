@@ -30,13 +30,12 @@ class CPTTrainer(StageTrainer):
     attention = LONG_TEXT_ATTENTION
 
     def __init__(self, model: PreTrainedModel, args: CPTConfig, **kwargs: Any) -> None:
-        check_head(model)
         # The same attention, without asking the GPU in every pass whether sequences are packed.
         if model.config._attn_implementation == "sdpa":
             with contextlib.suppress(UserError):
                 enable_capture(model)
         student = make_trainable(model, args)
-        check_head(transformers_model(student))  # adapters of a head would get no gradient
+        check_head(transformers_model(student))
         super().__init__(model=student, args=args, **kwargs)
 
     def item_count(self, batch: Mapping[str, Any]) -> Tensor:

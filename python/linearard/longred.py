@@ -87,7 +87,6 @@ class LongREDTrainer(StageTrainer):
     def __init__(self, model: PreTrainedModel, args: LongREDConfig, scaling: str, **kwargs: Any) -> None:
         if args.world_size > 1:
             raise UserError("LongReD runs in one process: its losses do not reach the same parameters")
-        check_head(model)
         enable_capture(model)  # for measurements: the losses need hidden states alone
         depth = model.config.get_text_config(decoder=True).num_hidden_layers
         self.layers = args.distilled_layers or sorted({round((place + 1) * depth / 6) - 1 for place in range(6)} - {-1})
@@ -95,7 +94,7 @@ class LongREDTrainer(StageTrainer):
         if wrong:
             raise UserError(f"the model has no layer {wrong[0]}; it has {depth}: 0 to {depth - 1}")
         student, self.teacher = make_student(model, scaling, args)
-        check_head(transformers_model(student))  # adapters of a head would get no gradient
+        check_head(transformers_model(student))
         super().__init__(model=student, args=args, **kwargs)
         self.teacher.to(self.args.device)
 

@@ -133,3 +133,18 @@ def test_a_head_that_does_more_is_refused(tmp_path: Path) -> None:
         make_cpt_trainer(tmp_path, AutoModelForCausalLM.from_config(config))
     with pytest.raises(UserError, match="the language-model head of LlamaForCausalLM is no linear layer"):
         make_cpt_trainer(tmp_path, lora_rank=4, trainable=["q_proj", "lm_head"])
+
+
+def test_logits_that_are_not_those_of_the_head_are_refused(tmp_path: Path) -> None:
+    model = make_llama()
+    scale_rope(model, RopeScaling.parse("linear:4"))
+
+    class Scaled(type(model)):  # type: ignore[misc]  # nothing in its configuration says so
+        def forward(self, *arguments: Any, **keywords: Any) -> Any:
+            outputs = super().forward(*arguments, **keywords)
+            outputs.logits = outputs.logits / 2
+            return outputs
+
+    model.__class__ = Scaled
+    with pytest.raises(UserError, match="the logits of Scaled are not its head's"):
+        make_cpt_trainer(tmp_path, model)
