@@ -53,5 +53,5 @@ def check_head(model: PreTrainedModel) -> None:
         hidden, outputs = last_hidden_states(model, {"input_ids": ids}, kept=0)
         expected, found = outputs.logits.float(), head(hidden.to(head.weight.dtype)).float()
     tolerance = 1e-4 if head.weight.dtype == torch.float32 else 5e-2
-    if not torch.allclose(found, expected, rtol=0, atol=tolerance * float(expected.abs().max())):
+    if not torch.allclose(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()), equal_nan=True):
         raise UserError(f"the logits of {type(model).__name__} are not its head's of its decoder's last hidden states")
