@@ -18,8 +18,8 @@ Relations parse_relations(const std::vector<std::string>& items);
 
 /// The loss of LinearARD (arXiv 2604.00004), a scalar, nats per token and head: in each layer the weighted sum of the
 /// divergences KL(teacher || student) of the relations, then the mean over the layers.
-/// causal: whether self-relations see only earlier tokens; attention_factor: of the student's RoPE, divided out of the
-/// relations of queries and keys.
+/// causal: whether self-relations see only earlier tokens; attention_factor: of the student's RoPE, divided out of its
+/// queries and keys.
 at::Tensor ard_loss(const std::vector<LayerStates>& student,
                     const std::vector<LayerStates>& teacher,
                     const Relations& relations,

@@ -50,7 +50,8 @@ class ARDLoss:
     temperature: divides the logits of both sides (the factor temperature^2 that some put before the loss is left to the
     weights); layer_weights: by layer index, relative to each other (their weighted mean replaces the mean over layers),
     1 where a layer is not named; attention_factors: by layer index, of the student's RoPE (YaRN multiplies its queries
-    and keys by it), divided out of the relations that they take part in; 1 where a layer is not named.
+    and keys by it), divided out of them before they are compared; 1 where a layer is not named. Under autocast that is
+    before they are rounded; queries and keys that are in 16 bits themselves are rounded once more.
     """
 
     weights: Mapping[str, float]
@@ -119,9 +120,9 @@ class ARDLoss:
         layers = sorted(student)
         factors = [self.attention_factors.get(layer, 1.0) for layer in layers]
         for group in _groups([student[layer] for layer in layers], [teacher[layer] for layer in layers], factors):
-            own = _Stack([student[layers[place]] for place in group])
+            own = _Stack([student[layers[place]] for place in group], factors[group[0]])
             other = _Stack([teacher[layers[place]].detach() for place in group])
-            divergences = self._rows(own, other, factors[group[0]], structure)
+            divergences = self._rows(own, other, structure)
             for name, divergence in divergences.items():  # [B, layers x heads, N]
                 summed = divergence.unflatten(1, (len(group), -1)).sum((0, 2, 3), dtype=torch.float64)
                 rows[name].append(summed / (divergence.shape[1] // len(group)))
@@ -133,9 +134,7 @@ class ARDLoss:
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         return {name: (torch.cat(values) / divisor).to(dtype) for name, values in rows.items()}
 
-    def _rows(
-        self, own: "_Stack", other: "_Stack", attention_factor: float, structure: dict[str, Any]
-    ) -> dict[str, Tensor]:
+    def _rows(self, own: "_Stack", other: "_Stack", structure: dict[str, Any]) -> dict[str, Tensor]:
         """The divergence of every row of each relation, [B, layers x heads, N]."""
         rows: dict[str, Tensor] = {}
         options: dict[str, Any] = {**structure, "divergence": self.divergence}
@@ -145,7 +144,7 @@ class ARDLoss:
                 own["key"],
                 other["query"],
                 other["key"],
-                scale_student=own.scale * attention_factor**-2 / self.temperature,
+                scale_student=own.scale / self.temperature,
                 scale_teacher=other.scale / self.temperature,
                 causal=True,
                 reduction="none",
@@ -156,11 +155,7 @@ class ARDLoss:
         for name in self.weights:
             if name == "attention":
                 continue
-            factor = 1.0 if name == "value" else attention_factor**-2
-            scales = (
-                own[name].shape[-1] ** -0.5 * factor / self.temperature,
-                other[name].shape[-1] ** -0.5 / self.temperature,
-            )
+            scales = (own[name].shape[-1] ** -0.5 / self.temperature, other[name].shape[-1] ** -0.5 / self.temperature)
             by_scales.setdefault(scales, []).append(name)
         for (scale_student, scale_teacher), names in by_scales.items():
             kl, _, _ = layer_relation_kl_forward(
@@ -179,18 +174,22 @@ class _Stack:
     """The states of several layers as if they were the heads of one, [B, layers x heads, N, D] by name.
 
     One call of an operator then serves them all: a step of a small model on a GPU is bound by the number of calls. Each
-    name is copied once, when it is first asked for; a single layer is not copied.
+    name is copied once, when it is first asked for; a single layer is not copied. attention_factor: divided out of
+    queries and keys, not by the scales of the operators: the fastest kernels need one scale for both sides.
     """
 
-    def __init__(self, layers: list[LayerStates]) -> None:
+    def __init__(self, layers: list[LayerStates], attention_factor: float = 1.0) -> None:
         self._layers = layers
+        self._divisors = {"query": attention_factor, "key": attention_factor, "value": 1.0}
         self._stacked: dict[str, Tensor] = {}
         self.scale = layers[0].scale
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._stacked:
             tensors = [getattr(layer, name) for layer in self._layers]
-            self._stacked[name] = _operand(tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1))
+            states = tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
+            divisor = self._divisors[name]
+            self._stacked[name] = _operand(states if divisor == 1 else states / divisor)
         return self._stacked[name]
 
 

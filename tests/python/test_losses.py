@@ -182,3 +182,8 @@ def test_attention_factor_is_divided_out_of_queries_and_keys() -> None:
     mixed = {**larger, 1: student[1]}
     factors = {0: factor, 2: factor}
     torch.testing.assert_close(ARDLoss(ALL, attention_factors=factors)(mixed, teacher)[0], plain, rtol=1e-5, atol=1e-6)
+    # Before queries and keys are rounded, so that they are rounded to what they would be without it.
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, _ = ARDLoss(ALL)(student, teacher)
+        divided, _ = ARDLoss(ALL, attention_factors=dict.fromkeys(student, factor))(larger, teacher)
+    torch.testing.assert_close(divided, rounded, rtol=2e-5, atol=0)
