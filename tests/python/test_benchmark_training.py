@@ -24,7 +24,7 @@ ROWS = {
 
 def run(script: str, *arguments: str) -> None:
     """The script in this process: importing torch again would take most of the test's time."""
-    with patch.object(sys, "argv", [script, *arguments]):
+    with patch.object(sys, "argv", [script, *arguments]), patch.object(sys, "path", [str(BENCHMARKS), *sys.path]):
         runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
 
 
