@@ -28,7 +28,7 @@ SECTIONS: dict[str, type[StageConfig]] = {"cpt": CPTConfig, "longred": LongREDCo
 # What a section takes over from the settings of the run unless it says otherwise.
 INHERITED = (
     "train_files", "seed", "data_seed", "full_determinism", "use_cpu",
-    "bf16", "fp16", "tf32", "cuda_graphs",
+    "bf16", "fp16", "tf32", "cuda_graphs", "liger_kernels",
     "report_to", "run_name", "project", "logging_strategy", "logging_steps", "logging_first_step",
     "logging_nan_inf_filter", "log_level", "disable_tqdm",
     "save_strategy", "save_steps", "save_total_limit", "save_only_model",

@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from linearard.capture import masks_can_be_left_out, transformers_model, without_masks
 from linearard.errors import UserError
+from linearard.liger import liger_kernels
 from linearard.models import make_saveable
 from linearard.precision import frozen_weights_in, inputs_cast_once
 from linearard.rope import frequencies_are_fixed
@@ -164,7 +165,7 @@ class StageTrainer(Trainer):
     # --- training ------------------------------------------------------------------------------------------------
 
     def frozen_modules(self) -> list[nn.Module]:
-        """Modules whose frozen linear weights a mixed-precision run holds in its dtype."""
+        """The models of a step. A mixed-precision run holds their frozen linear weights in its dtype."""
         return [self.model]
 
     def attention_modules(self) -> list[nn.Module]:
@@ -172,13 +173,15 @@ class StageTrainer(Trainer):
         return []
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
-        """As in Trainer. Under mixed precision, casts that every step would repeat are made once."""
+        """As in Trainer, by fused kernels. Under mixed precision, casts that steps would repeat are made once."""
         self._begin = time.perf_counter()
         with contextlib.ExitStack() as stack:
             if self.args.bf16:
                 for module in self.frozen_modules():
                     stack.enter_context(frozen_weights_in(module, torch.bfloat16))
                 stack.enter_context(inputs_cast_once(self.attention_modules()))
+            if self.args.liger_kernels and self.args.device.type == "cuda" and not self.args.torch_compile:
+                stack.enter_context(liger_kernels(self.frozen_modules()))
             if self.attention:
                 stack.enter_context(sdpa_kernel(list(self.attention), set_priority=True))
             stack.enter_context(self.graphed())

@@ -47,6 +47,11 @@ class StageConfig(TrainingArguments):
         "On one GPU, replay steps without padding, packing and gradient checkpointing from CUDA graphs: the host's "
         "launches then cost next to nothing.",
     )
+    liger_kernels: bool = _option(
+        True,
+        "On a GPU, run norms, RoPE and gated MLPs by Liger-Kernel's fused kernels, where it is installed and knows the "
+        "model.",
+    )
 
     # Other defaults than transformers'.
     output_dir: str | None = _option(

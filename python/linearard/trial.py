@@ -1,5 +1,6 @@
 """A recipe with random weights and data: what its steps cost, where model and text are not at hand."""
 
+import math
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -40,7 +41,7 @@ class StageCost:
     step_seconds: median of the optimizer steps without the first (which allocates) and the last (which is profiled,
     without CUDA graphs), where there are three or more; tokens_per_second: from it; peak_memory_bytes: of the GPU, or
     of the process where there is none; relation_kl_share: of the relation operators, forward and backward, in the time
-    that all kernels of the profiled step took on the GPU (that all operators took on the CPU without a GPU).
+    in which the GPU ran kernels of the profiled step (that all operators took on the CPU without a GPU).
     """
 
     steps: int
@@ -94,12 +95,21 @@ def relation_share(events: Any, on_gpu: bool) -> float:
     """
     if on_gpu:
         own = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
-        everything = sum(event.self_device_time_total for event in own)
-        relations = sum(event.self_device_time_total for event in own if "linearard::" in event.key)
+        everything = _occupied(own)
+        relations = _occupied([event for event in own if "linearard::" in event.key])
     else:
         everything = sum(event.self_cpu_time_total for event in events)
         relations = sum(event.cpu_time_total for event in events if _is_outermost_relation(event))
     return relations / everything if everything else 0.0
+
+
+def _occupied(events: list[Any]) -> float:
+    """Microseconds in which at least one of the events went on: kernels begin while the one ahead of them ends."""
+    total, end = 0.0, -math.inf
+    for begin, stop in sorted((event.time_range.start, event.time_range.end) for event in events):
+        total += max(0.0, stop - max(begin, end))
+        end = max(end, stop)
+    return total
 
 
 def _is_outermost_relation(event: Any) -> bool:

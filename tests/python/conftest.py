@@ -17,7 +17,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 # The training method needs the extra "train"; the operators are tested without it, on a GPU machine for instance.
 TRAINING = (
-    "capture", "cli", "config", "cpt", "data", "evaluation", "example", "harness", "linear_losses",
+    "capture", "cli", "config", "cpt", "data", "evaluation", "example", "harness", "liger", "linear_losses",
     "local_gradients", "longred", "losses", "rope", "stage_trainer", "stages", "step_cost", "step_graphs", "suite",
     "trainer", "trial",
 )  # fmt: skip

@@ -239,8 +239,9 @@ def test_settings_of_sections(tmp_path: Path) -> None:
 
 def test_what_sections_take_over() -> None:
     given = {
-        "tf32": "false", "cuda_graphs": "false", "logging_strategy": "epoch", "logging_first_step": "true",
-        "data_seed": "4", "full_determinism": "true", "save_only_model": "true", "run_name": "mine",
+        "tf32": "false", "cuda_graphs": "false", "liger_kernels": "false", "logging_strategy": "epoch",
+        "logging_first_step": "true", "data_seed": "4", "full_determinism": "true", "save_only_model": "true",
+        "run_name": "mine",
     }  # fmt: skip
     options = [f"--{name}={value}" for name, value in given.items()]
     made = make_recipe([*options, "--use_cpu", "--longred.run_name", "its"])

@@ -96,19 +96,22 @@ def test_a_share_counts_each_moment_once() -> None:
 
 
 def test_a_share_on_a_gpu_is_that_of_its_kernels() -> None:
-    def event(key: str, device: str, time: float, annotation: bool = False) -> SimpleNamespace:
-        kind = SimpleNamespace(name=device)
+    def event(key: str, device: str, begin: float, end: float, annotation: bool = False) -> SimpleNamespace:
         return SimpleNamespace(
-            key=key, device_type=kind, self_device_time_total=time, is_user_annotation=annotation, cpu_parent=None
+            key=key,
+            device_type=SimpleNamespace(name=device),
+            time_range=SimpleNamespace(start=begin, end=end),
+            is_user_annotation=annotation,
         )
 
     events = [
-        event("linearard::relation_kl_forward", "CPU", 2),
-        event("void linearard::cuda::sm90::forward_kernel<128>()", "CUDA", 2),
-        event("nvjet_gemm", "CUDA", 6),
-        event("Optimizer.step#AdamW.step", "CUDA", 5, annotation=True),
+        event("linearard::relation_kl_forward", "CPU", 0, 20),
+        event("nvjet_gemm", "CUDA", 10, 16),
+        event("void linearard::cuda::triangular::finish_forward_kernel()", "CUDA", 4, 7),  # waits until 6
+        event("void linearard::cuda::sm90::forward_kernel<128>()", "CUDA", 3, 6),
+        event("Optimizer.step#AdamW.step", "CUDA", 0, 20, annotation=True),
     ]
-    assert relation_share(events, on_gpu=True) == pytest.approx(0.25)
+    assert relation_share(events, on_gpu=True) == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("name", recipes())
