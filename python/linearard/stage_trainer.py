@@ -176,12 +176,12 @@ class StageTrainer(Trainer):
         """As in Trainer, by fused kernels. Under mixed precision, casts that steps would repeat are made once."""
         self._begin = time.perf_counter()
         with contextlib.ExitStack() as stack:
+            if self.args.liger_kernels and self.args.device.type == "cuda" and not self.args.torch_compile:
+                stack.enter_context(liger_kernels(self.frozen_modules()))
             if self.args.bf16:
                 for module in self.frozen_modules():
                     stack.enter_context(frozen_weights_in(module, torch.bfloat16))
                 stack.enter_context(inputs_cast_once(self.attention_modules()))
-            if self.args.liger_kernels and self.args.device.type == "cuda" and not self.args.torch_compile:
-                stack.enter_context(liger_kernels(self.frozen_modules()))
             if self.attention:
                 stack.enter_context(sdpa_kernel(list(self.attention), set_priority=True))
             stack.enter_context(self.graphed())
