@@ -37,10 +37,9 @@ def liger_kernels(models: Sequence[nn.Module]) -> Iterator[None]:
     # It warns of every other kernel language that it could use if that were installed.
     logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
     bases = [transformers_model(model) for model in models]
-    expected = [_hidden_states(base) for base in bases]
     code = _Code(bases)
     try:
-        reason = _apply(bases, expected)
+        reason = _apply(bases)
         code.find_changes()
         if reason is not None:
             code.restore()
@@ -50,9 +49,10 @@ def liger_kernels(models: Sequence[nn.Module]) -> Iterator[None]:
         code.restore()
 
 
-def _apply(bases: list[PreTrainedModel], expected: list[Tensor]) -> str | None:
+def _apply(bases: list[PreTrainedModel]) -> str | None:
     """Change the models; the reason why that must be undone, if there is one."""
     try:
+        expected = [_hidden_states(base) for base in bases]
         for base, before in zip(bases, expected, strict=True):
             apply_liger_kernel(base, _CHOSEN)
             distance = ((_hidden_states(base) - before).norm() / before.norm()).item()
