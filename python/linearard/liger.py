@@ -17,6 +17,7 @@ from linearard.capture import decoder_of, transformers_model
 
 # No losses: the stages have their own.
 _CHOSEN = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+_ABSENT = object()
 _TOKENS = 64
 # Largest distance of the hidden states from those without the kernels, relative to their norm. A model of 30 layers in
 # bfloat16 is 0.03 from itself in float32; another activation function in its MLPs moves it by 0.4.
@@ -39,8 +40,7 @@ def liger_kernels(models: Sequence[nn.Module]) -> Iterator[None]:
     bases = [transformers_model(model) for model in models]
     code = _Code(bases)
     try:
-        reason = _apply(bases)
-        code.find_changes()
+        reason = _apply(bases, code)
         if reason is not None:
             code.restore()
             warnings.warn(f"Liger-Kernel is left out, training goes on without: {reason}", stacklevel=3)
@@ -49,12 +49,14 @@ def liger_kernels(models: Sequence[nn.Module]) -> Iterator[None]:
         code.restore()
 
 
-def _apply(bases: list[PreTrainedModel]) -> str | None:
+def _apply(bases: list[PreTrainedModel], code: "_Code") -> str | None:
     """Change the models; the reason why that must be undone, if there is one."""
     try:
         expected = [_hidden_states(base) for base in bases]
+        with code.changing():
+            for base in bases:
+                apply_liger_kernel(base, _CHOSEN)
         for base, before in zip(bases, expected, strict=True):
-            apply_liger_kernel(base, _CHOSEN)
             distance = ((_hidden_states(base) - before).norm() / before.norm()).item()
             if not distance <= _LARGEST_DISTANCE.get(base.dtype, 0.0):
                 return f"the hidden states of {type(base).__name__} would change by {100 * distance:.2g} %"
@@ -84,22 +86,26 @@ class _Code:
         modules = [module for model in models for module in model.modules()]
         files = {type(module).__module__ for module in modules}
         self._places: list[dict[str, Any]] = [vars(it) for it in (*modules, *(sys.modules[name] for name in files))]
-        self._before = [dict(place) for place in self._places]
-        self._changed: list[set[str]] = [set() for _ in self._places]
+        self._replaced: list[dict[str, Any]] = [{} for _ in self._places]
 
-    def find_changes(self) -> None:
-        """Of attributes, up to now: what changes later stays."""
-        for i, (place, before) in enumerate(zip(self._places, self._before, strict=True)):
-            self._changed[i] = {
-                name for name, value in place.items() if name not in before or before[name] is not value
-            }
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """What the body replaces or adds will be put back; what changes before or after it stays."""
+        before = [dict(place) for place in self._places]
+        try:
+            yield
+        finally:
+            for place, old, replaced in zip(self._places, before, self._replaced, strict=True):
+                for name, value in place.items():
+                    if old.get(name, _ABSENT) is not value:
+                        replaced[name] = old.get(name, _ABSENT)
 
     def restore(self) -> None:
-        """Put back what was changed, once."""
-        for place, before, changed in zip(self._places, self._before, self._changed, strict=True):
-            for name in changed:
-                if name in before:
-                    place[name] = before[name]
-                else:
+        """Put it back, once."""
+        for place, replaced in zip(self._places, self._replaced, strict=True):
+            for name, value in replaced.items():
+                if value is _ABSENT:
                     del place[name]
-            changed.clear()
+                else:
+                    place[name] = value
+            replaced.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,23 @@ def test_kernels_that_cannot_run_are_left_out() -> None:
     with pytest.warns(UserWarning, match="Liger-Kernel is left out"), liger_kernels([model]):
         assert contents(model) == before
     assert contents(model) == before
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.02])
+def test_it_has_to_compute_what_the_model_does(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stand_in(base: nn.Module, chosen: dict[str, bool]) -> None:
+        norm = base.get_submodule("model.norm")
+        vars(norm)["forward"] = lambda hidden: factor * type(norm).forward(norm, hidden)
+
+    monkeypatch.setattr(linearard.liger, "apply_liger_kernel", stand_in)
+    model = make_llama()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with liger_kernels([model]):
+            assert is_fused(model) == (factor == 1)
+    assert not is_fused(model)
+    expected = [] if factor == 1 else ["hidden states of LlamaForCausalLM would change by 2 %"]
+    assert [str(warning.message).partition("the ")[2] for warning in said] == expected
 
 
 def test_where_it_has_nothing_to_offer(monkeypatch: pytest.MonkeyPatch) -> None:
